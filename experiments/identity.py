@@ -1,0 +1,62 @@
+"""A run's identity is its resolved configuration; its directory says how that differs from the paper's."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from omegaconf import DictConfig, OmegaConf
+
+IDENTITY = ("problem", "optimizer", "training", "seeds", "device", "threads")
+LONGEST_NAME = 150
+
+
+def identity(config: DictConfig) -> dict[str, Any]:
+    """The resolved settings that determine the curves, without Hydra's bookkeeping."""
+    resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(resolved, dict)
+    kept = {str(key): resolved[key] for key in IDENTITY}
+    return {key: _without_bookkeeping(value) for key, value in kept.items()}
+
+
+def run_path(config: DictConfig) -> Path:
+    """``<runs>/<problem>/<optimizer>/<variant>``; the variant is ``paper`` or what differs from it."""
+    own = identity(config)
+    problem, optimizer = own["problem"]["name"], own["optimizer"]["name"]
+    base = identity(compose("train", overrides=[f"problem={problem}", f"optimizer={optimizer}"]))
+    return Path(config.runs) / problem / optimizer / variant_name(own, base)
+
+
+def variant_name(own: dict[str, Any], base: dict[str, Any]) -> str:
+    """``"paper"``, or ``key=value`` for each setting that differs, in one order however it was written."""
+    flat, flat_base = _flatten(own), _flatten(base)
+    differing = {key: value for key, value in flat.items() if flat_base.get(key) != value}
+    if not differing:
+        return "paper"
+    short = [key.rpartition(".")[2] for key in differing]
+    names = short if len(set(short)) == len(short) else list(differing)
+    name = ",".join(f"{key}={_text(value)}" for key, value in sorted(zip(names, differing.values(), strict=True)))
+    if len(name) > LONGEST_NAME:
+        name = f"{name[:LONGEST_NAME]}…{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
+def _without_bookkeeping(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_bookkeeping(v) for k, v in value.items() if not str(k).startswith("_")}
+    return value
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, entry in value.items():
+        if isinstance(entry, dict):
+            flat |= _flatten(entry, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = entry
+    return flat
+
+
+def _text(value: Any) -> str:
+    text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text.replace("/", "_")

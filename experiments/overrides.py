@@ -1,0 +1,67 @@
+"""Refuse unknown settings on the command line with a list of what there is.
+
+Hydra refuses them too, but names only the offender.
+"""
+
+import difflib
+import itertools
+from collections.abc import Sequence
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+GROUPS = ("problem", "optimizer", "recipe", "tracking")
+
+
+def check_overrides(arguments: Sequence[str], config_dir: str) -> None:
+    """Raises ``SystemExit`` with a message for a setting that no chosen configuration has."""
+    try:
+        overrides = OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-")])
+        settings = [o for o in overrides if not _is_foreign(o)]
+        with initialize_config_dir(config_dir, version_base="1.3"):
+            configs = [compose("train", overrides=list(choice)) for choice in _choices(overrides)]
+    except HydraException:
+        return  # Hydra's own message, with the options of a group, is the better one.
+    known = sorted({name for config in configs for name in _names(config)})
+    for override in settings:
+        if override.key_or_group not in known:
+            raise SystemExit(_message(override.key_or_group, known))
+
+
+def _is_foreign(override: Override) -> bool:
+    return override.is_add() or override.is_delete() or override.key_or_group.split("/")[0].split(".")[0] in (
+        "hydra",
+        *GROUPS,
+    ) and "." not in override.key_or_group or override.key_or_group.startswith("hydra")
+
+
+def _choices(overrides: Sequence[Override]) -> list[tuple[str, ...]]:
+    """Every combination of the groups' options, one list of overrides each."""
+    groups = [o for o in overrides if o.key_or_group in GROUPS]
+    values = [
+        [f"{o.key_or_group}={value}" for value in o.sweep_string_iterator()]
+        if o.is_sweep_override()
+        else [f"{o.key_or_group}={o.get_value_element_as_str()}"]
+        for o in groups
+    ]
+    return list(itertools.product(*values))
+
+
+def _names(config: DictConfig) -> list[str]:
+    names = []
+    for key in config:
+        node = OmegaConf.to_container(config, resolve=False)[key]  # pyright: ignore
+        children = [str(k) for k in node if not str(k).startswith("_")] if isinstance(node, dict) else []
+        names += [str(key), *(f"{key}.{child}" for child in children)]
+    return names
+
+
+def _message(key: str, known: Sequence[str]) -> str:
+    parent, _, leaf = key.rpartition(".")
+    siblings = [name for name in known if name.rpartition(".")[0] == parent] or list(known)
+    guess = difflib.get_close_matches(key, known, n=1) or [n for n in known if n.endswith(f".{leaf}")][:1]
+    hint = f" Did you mean {guess[0]}?" if guess else ""
+    return f"unknown setting {key!r}.{hint} There is: {', '.join(siblings)}"

@@ -1,0 +1,71 @@
+"""The predictive distributions whose Fisher is used: label draws and negative log-likelihoods.
+
+The Fisher's labels are drawn from the model's own prediction (the data's labels give the empirical
+Fisher). Draws are inverse-CDF comparisons, so that a NaN prediction of one replica gives some label
+instead of an error for all.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Draw = Callable[..., Tensor]
+
+
+class Likelihood(NamedTuple):
+    draw: Callable[[Tensor, Sequence[torch.Generator]], Tensor]
+    """Labels for outputs ``([R,] B, ...)``; one generator, or one per replica."""
+    negative_log: Callable[[Tensor, Tensor], Tensor]
+    """Negative log-likelihood, summed over everything."""
+    label_shape: Callable[[Tensor], torch.Size]
+    """The shape labels must have for outputs."""
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: half precision has too few steps for a cumulative distribution."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _random(sample: Draw, shape: torch.Size, like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    shapes = [shape] if len(generators) == 1 else [shape[1:]] * len(generators)
+    draws = [
+        sample(size, generator=generator, device=generator.device, dtype=_wide(like).dtype)
+        for size, generator in zip(shapes, generators, strict=True)
+    ]
+    return (draws[0] if len(draws) == 1 else torch.stack(draws)).reshape(shape).to(like.device)
+
+
+def _draw_categorical(output: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    cumulative = _wide(output).softmax(-1).cumsum(-1)
+    uniform = _random(torch.rand, output.shape[:-1], output, generators)
+    return (cumulative < uniform[..., None]).sum(-1).clamp(max=output.shape[-1] - 1)
+
+
+def _draw_bernoulli(output: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    return (_random(torch.rand, output.shape, output, generators) < output.sigmoid()).to(output.dtype)
+
+
+def _draw_gaussian(output: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    return output + _random(torch.randn, output.shape, output, generators).to(output.dtype)
+
+
+def _categorical_loss(output: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_wide(output).flatten(0, -2), labels.flatten(), reduction="sum")
+
+
+def _bernoulli_loss(output: Tensor, labels: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(output, labels.to(output.dtype), reduction="sum")
+
+
+def _gaussian_loss(output: Tensor, labels: Tensor) -> Tensor:
+    return 0.5 * (output - labels).square().sum()
+
+
+LIKELIHOODS = {
+    "categorical": Likelihood(_draw_categorical, _categorical_loss, lambda output: output.shape[:-1]),
+    "bernoulli": Likelihood(_draw_bernoulli, _bernoulli_loss, lambda output: output.shape),
+    "gaussian": Likelihood(_draw_gaussian, _gaussian_loss, lambda output: output.shape),
+}

@@ -1,0 +1,128 @@
+"""Which layers of a model are preconditioned, and why the other parameters are not."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from kfac2.optim.layers import ADAPTERS, LinearLayer
+
+Exclude = Iterable[str] | Callable[[str, nn.Module], bool]
+DATA_PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
+
+
+class Coverage(NamedTuple):
+    """One line of ``optimizer.coverage``."""
+
+    parameter: str
+    preconditioned: bool
+    reason: str
+
+    def __str__(self) -> str:
+        kind = "preconditioned" if self.preconditioned else "plain"
+        return f"{self.parameter}: {kind} ({self.reason})"
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise ``ValueError`` for data parallelism and ``torch.compile``, where captures would be wrong."""
+    for name, module in model.named_modules():
+        if type(module).__name__ in DATA_PARALLEL or hasattr(module, "_fsdp_wrapped_module"):
+            raise ValueError(
+                f"{type(module).__name__} is not supported: its processes would see different curvature. "
+                "Build the optimizer from the plain module and train it in one process"
+            )
+        compiled = hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+        if compiled and any(type(m) in ADAPTERS for m in module.modules()):
+            raise ValueError(
+                f"{name or 'the model'} is compiled with torch.compile, which hides the layers from the "
+                "hooks: train the uncompiled model, or compile only parts without linear layers"
+            )
+
+
+def canonical_name(name: str) -> str:
+    """A module's name without the prefixes that wrappers add."""
+    return ".".join(part for part in name.removeprefix("module.").split(".") if part != "_orig_mod")
+
+
+def select_layers(
+    model: nn.Module, optimized: set[nn.Parameter], exclude: Exclude
+) -> tuple[list[LinearLayer], list[Coverage]]:
+    """The layers to precondition, in the model's order, and a line on each of the model's parameters.
+
+    Raises:
+        ValueError: an excluded name that the model does not have, no supported layer at all, or
+            layers with different numbers of replicas.
+    """
+    excluded = _exclusion(model, exclude)
+    shared = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    layers: list[LinearLayer] = []
+    coverage: list[Coverage] = []
+    for name, module in model.named_modules():
+        reason = _reason_for_plain(name, module, optimized, excluded, shared)
+        layer = None
+        if reason is None:
+            bias: nn.Parameter | None = module.bias  # pyright: ignore
+            with_bias = bias is not None and bias.requires_grad and bias in optimized
+            layer = ADAPTERS[type(module)](canonical_name(name), module, with_bias)
+            layers.append(layer)
+        for key, parameter in module.named_parameters(recurse=False):
+            inside = layer is not None and any(parameter is p for p in layer.parameters)
+            why = _describe(parameter, optimized, reason, inside, type(module).__name__)
+            coverage.append(Coverage(f"{name}.{key}".lstrip("."), inside, why))
+    _check(layers, coverage)
+    return layers, coverage
+
+
+def _reason_for_plain(
+    name: str,
+    module: nn.Module,
+    optimized: set[nn.Parameter],
+    excluded: Callable[[str, nn.Module], bool],
+    shared: Counter[int],
+) -> str | None:
+    if type(module) not in ADAPTERS:
+        return f"{type(module).__name__} is not a supported layer"
+    if excluded(name, module):
+        return "excluded"
+    if module.weight not in optimized:
+        return "the layer's weight is not optimized"
+    if any(shared[id(p)] > 1 for p in module.parameters(recurse=False)):
+        return "shared with another module"
+    return None
+
+
+def _describe(
+    parameter: nn.Parameter, optimized: set[nn.Parameter], reason: str | None, inside: bool, kind: str
+) -> str:
+    if parameter not in optimized:
+        return "not given to the optimizer"
+    if inside:
+        frozen = "" if parameter.requires_grad else ", frozen now"
+        return f"Kronecker-factored block of a {kind}{frozen}"
+    return reason or "was frozen when the optimizer was built"
+
+
+def _exclusion(model: nn.Module, exclude: Exclude) -> Callable[[str, nn.Module], bool]:
+    if callable(exclude):
+        return exclude
+    names = [exclude] if isinstance(exclude, str) else list(exclude)
+    known = dict(model.named_modules())
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        layers = [name for name, module in known.items() if type(module) in ADAPTERS]
+        raise ValueError(f"exclude names {unknown}, but the model's layers are: {', '.join(layers)}")
+    return lambda name, module: name in names
+
+
+def _check(layers: Sequence[LinearLayer], coverage: Sequence[Coverage]) -> None:
+    if not layers:
+        supported = ", ".join(kind.__name__ for kind in ADAPTERS)
+        lines = "\n".join(f"  {line}" for line in coverage)
+        raise ValueError(f"no layer to precondition: supported are {supported}. Found:\n{lines}")
+    kinds = {(layer.replicated, layer.replicas) for layer in layers}
+    if len(kinds) > 1:
+        raise ValueError(
+            "all layers must have one number of replicas, got "
+            f"{sorted({layer.replicas for layer in layers})}, or mix plain and replicated layers"
+        )

@@ -1,0 +1,112 @@
+"""Layers of one shape, handled as one batch."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kfac2.curvature import KroneckerBlocks
+from kfac2.curvature.averages import matrices
+from kfac2.optim.layers import LinearLayer
+
+
+class Sample(NamedTuple):
+    """Sums over samples of one layer's ``a aᵀ`` and ``g gᵀ``, and how many samples."""
+
+    a: Tensor
+    g: Tensor
+    samples: int
+
+    def plus(self, other: "Sample | None") -> "Sample":
+        if other is None:
+            return self
+        return Sample(self.a + other.a, self.g + other.g, self.samples + other.samples)
+
+
+class LayerStack:
+    """``n`` layers whose parameters have one shape, and their ``KroneckerBlocks``.
+
+    ``index`` ``(n,)`` are the layers' positions among all; ``groups`` ``(n, 1, 1, d_in)`` the parameter
+    group of each column of a gradient matrix (the bias may be in another one than the weight).
+    """
+
+    def __init__(self, layers: Sequence[LinearLayer], index: list[int], groups: Tensor, inverse: str):
+        first = layers[0]
+        options = {"dtype": first.dtype, "device": first.weight.device}
+        self.layers, self.with_bias = layers, first.with_bias
+        self.index = torch.tensor(index, device=first.weight.device)
+        self.groups = groups.to(first.weight.device)
+        self.blocks = KroneckerBlocks(len(layers), first.replicas, *first.matrix_shape, inverse, **options)
+        self._positions = index
+
+    def fold(self, samples: dict[int, Sample], decay: float) -> Tensor:
+        """Take the layers' samples into the running averages; returns the rejected ones, ``(n, R)``."""
+        none = Sample(torch.zeros_like(self.blocks.a[0]), torch.zeros_like(self.blocks.g[0]), 1)
+        own = [samples.get(i, none) for i in self._positions]
+        present = torch.tensor([i in samples for i in self._positions])
+        a = torch.stack([sample.a for sample in own])
+        g = torch.stack([sample.g for sample in own])
+        counts = a.new_tensor([sample.samples for sample in own])[:, None, None, None]
+        return self.blocks.fold(a / counts, g / counts, present, decay)
+
+    def gradients(self, active: list[bool]) -> Tensor:
+        """Plain gradients, ``(n, R, d_out, d_in)``; zero for a layer that does not take part."""
+        weights = self._stacked([layer.weight for layer in self.layers], active)
+        if not self.with_bias:
+            return weights
+        return torch.cat([weights, self._stacked([layer.bias for layer in self.layers], active)], dim=-1)
+
+    def _stacked(self, parameters: Sequence[Any], active: list[bool]) -> Tensor:
+        grads = [
+            p.grad if active[i] and p.grad is not None else torch.zeros_like(p)
+            for i, p in zip(self._positions, parameters, strict=True)
+        ]
+        n, replicas, d_out, _ = self.blocks.g.shape
+        return torch.stack(grads).view(n, replicas, d_out, -1).to(self.blocks.g.dtype)
+
+    def precondition(self, gradients: Tensor, active: list[bool]) -> Tensor:
+        return self.masked(self.blocks.inverse.apply(gradients), active)
+
+    def masked(self, updates: Tensor, active: list[bool]) -> Tensor:
+        """Zero the layers that do not take part: they may have no inverse, and NaN times 0 is NaN."""
+        mine = [active[i] for i in self._positions]
+        if all(mine):
+            return updates
+        mask = torch.tensor(mine, device=updates.device)
+        return torch.where(matrices(mask[:, None]), updates, torch.zeros_like(updates))
+
+    def split(self, updates: Tensor, active: list[bool]) -> dict[int, Tensor]:
+        """The updates of the layers that take part, shaped like their parameters, by parameter ``id``."""
+        columns = updates.split([updates.shape[-1] - 1, 1], dim=-1) if self.with_bias else [updates]
+        pieces: dict[int, Tensor] = {}
+        for part, *parameters in zip(columns, *(layer.parameters for layer in self.layers), strict=True):
+            shaped = part.reshape(len(parameters), *parameters[0].shape).to(parameters[0].dtype)
+            for i, parameter, piece in zip(self._positions, parameters, shaped.unbind(), strict=True):
+                if active[i]:
+                    pieces[id(parameter)] = piece
+        return pieces
+
+
+def make_stacks(
+    layers: Sequence[LinearLayer], param_groups: Sequence[dict[str, Any]], inverse: str
+) -> list[LayerStack]:
+    """Group layers by the shape, type and device of their weights."""
+    group_of = {p: k for k, group in enumerate(param_groups) for p in group["params"]}
+    by_shape: dict[Any, list[int]] = {}
+    for i, layer in enumerate(layers):
+        key = (layer.weight.shape, layer.weight.dtype, layer.weight.device, layer.with_bias)
+        by_shape.setdefault(key, []).append(i)
+    stacks = []
+    for index in by_shape.values():
+        members = [layers[i] for i in index]
+        groups = torch.stack([_column_groups(layer, group_of) for layer in members])[:, None, None, :]
+        stacks.append(LayerStack(members, index, groups, inverse))
+    return stacks
+
+
+def _column_groups(layer: LinearLayer, group_of: dict[nn.Parameter, int]) -> Tensor:
+    columns = torch.full((layer.matrix_shape[1],), group_of[layer.weight])
+    if layer.bias is not None:
+        columns[-1] = group_of[layer.bias]
+    return columns

@@ -1,0 +1,1 @@
+"""The one shared trainer, its checkpoints, run records and tracking."""

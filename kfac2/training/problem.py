@@ -1,0 +1,43 @@
+"""What the trainer asks of a problem."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Problem(Protocol):
+    """Model + data + loss + metrics for one or more seeds, trained side by side.
+
+    Per-seed tensors have shape ``(R,)``, R the number of seeds.
+    """
+
+    seeds: list[int]
+    model: nn.Module
+    likelihood: str
+    label_generators: list[torch.Generator]
+    """For the Fisher's label draws: one per seed, apart from the order of the batches, so that all
+    optimizers see the same batches."""
+
+    def train_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch in a fresh random order; the last batch may be smaller."""
+        ...
+
+    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+    def batches_per_epoch(self, batch_size: int) -> int: ...
+
+    def losses(self, output: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss over the batch, per seed."""
+        ...
+
+    def accuracies(self, output: Tensor, targets: Tensor) -> Tensor:
+        """Fraction of the batch that is classified rightly, per seed."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generators' states."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

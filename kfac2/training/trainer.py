@@ -1,0 +1,164 @@
+"""The one trainer, blind to the optimizer."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kfac2.training.problem import Problem
+from kfac2.training.records import Row, RunDirectory
+from kfac2.training.tracking import Tracker
+
+OptimizerFactory = Callable[..., Any]
+"""``factory(model, likelihood=..., generator=...)``."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    epochs: int
+    batch_size: int
+    milestones: list[float] = field(default_factory=list)
+    """Fractions of the run after which the learning rate is multiplied by ``lr_decay``."""
+    lr_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name} must be positive, got {getattr(self, name)}")
+        if any(not 0 < fraction < 1 for fraction in self.milestones):
+            raise ValueError(f"training.milestones are fractions of the run, got {self.milestones}")
+
+
+class Averages:
+    """Means of per-seed numbers over an epoch, weighted by batch size."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._weight = 0
+
+    def add(self, weight: int, **values: Tensor) -> None:
+        for name, value in values.items():
+            weighted = value.double() * weight
+            self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
+        self._weight += weight
+
+    def means(self) -> dict[str, list[float]]:
+        return {name: (total / self._weight).tolist() for name, total in self._sums.items()}
+
+
+class Training:
+    """One run of a problem with an optimizer, resumable at every epoch."""
+
+    def __init__(self, problem: Problem, factory: OptimizerFactory, settings: TrainingSettings):
+        self.problem, self.settings = problem, settings
+        self.optimizer = factory(
+            problem.model, likelihood=problem.likelihood, generator=problem.label_generators
+        )
+        milestones = [round(fraction * settings.epochs) for fraction in settings.milestones]
+        self.scheduler = torch.optim.lr_scheduler.MultiStepLR(
+            self.optimizer, milestones, gamma=settings.lr_decay
+        )
+        self.rows: list[Row] = []
+        self.epoch, self.seconds = 0, 0.0
+
+    def run(self, directory: RunDirectory, tracker: Tracker, description: str = "") -> list[Row]:
+        """Train what is missing and return all rows; leaves a complete record in ``directory``."""
+        device = next(self.problem.model.parameters()).device
+        with directory.locked():
+            checkpoint = directory.load_checkpoint(torch.device("cpu"))
+            if checkpoint is not None:
+                self.load_state_dict(checkpoint)
+            directory.write_provenance(complete=False, device=device_name(device))
+            tracker.start(directory.config, first_epoch=self.epoch + 1)
+            with tqdm(total=self.settings.epochs, initial=self.epoch, desc=description, unit="epoch") as bar:
+                while self.epoch < self.settings.epochs:
+                    rows = self.train_epoch()
+                    directory.save_checkpoint(self.state_dict())
+                    directory.write_curves(self.rows)
+                    tracker.log(rows)
+                    bar.update()
+                    bar.set_postfix_str("loss " + " ".join(f"{row['train_loss']:.3g}" for row in rows))
+            directory.write_curves(self.rows)
+            directory.finish(device_name(device))
+            tracker.finish(self.rows)
+        return self.rows
+
+    def train_epoch(self) -> list[Row]:
+        """One epoch and its evaluation; returns its rows, one per seed."""
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        start = time.perf_counter()
+        train = self._pass_over_training_data()
+        self.seconds += time.perf_counter() - start
+        test = self.evaluate()
+        self.scheduler.step()
+        self.epoch += 1
+        losses = {"train_loss": train.pop("loss"), "train_accuracy": train.pop("accuracy")}
+        losses |= {"test_loss": test["loss"], "test_accuracy": test["accuracy"]}
+        rows = [
+            {"seed": seed, "epoch": self.epoch}
+            | {name: values[r] for name, values in losses.items()}
+            | {"learning_rate": float(learning_rate), "seconds": self.seconds}
+            | {name: values[r] for name, values in train.items()}
+            for r, seed in enumerate(self.problem.seeds)
+        ]
+        self.rows += rows
+        return rows
+
+    def _pass_over_training_data(self) -> dict[str, list[float]]:
+        problem, optimizer = self.problem, self.optimizer
+        problem.model.train()
+        averages = Averages()
+        for inputs, targets in problem.train_batches(self.settings.batch_size):
+            optimizer.zero_grad()
+            output = problem.model(inputs)
+            optimizer.update_curvature(output)
+            losses = problem.losses(output, targets)
+            losses.sum().backward()
+            optimizer.step()
+            averages.add(
+                targets.shape[-1],
+                loss=losses.detach(),
+                accuracy=problem.accuracies(output.detach(), targets),
+                **optimizer.diagnostics,
+            )
+        return averages.means()
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, list[float]]:
+        """Loss and accuracy on the test data, with running statistics in the normalisation layers."""
+        self.problem.model.eval()
+        averages = Averages()
+        for inputs, targets in self.problem.test_batches():
+            output = self.problem.model(inputs)
+            averages.add(
+                targets.shape[-1],
+                loss=self.problem.losses(output, targets),
+                accuracy=self.problem.accuracies(output, targets),
+            )
+        return averages.means()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "seconds": self.seconds,
+            "rows": self.rows,
+            "model": self.problem.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "problem": self.problem.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.seconds, self.rows = state["epoch"], state["seconds"], list(state["rows"])
+        self.problem.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.problem.load_state_dict(state["problem"])
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
