@@ -10,6 +10,7 @@ from typing import Any
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -33,7 +34,8 @@ def main(config: DictConfig) -> None:
         print(f"{directory.path}: complete, not trained again (rerun=true does)")
         return
     training = build_training(config)
-    training.run(directory, instantiate(config.tracking), description=str(directory.path))
+    position = HydraConfig.get().job.get("num", 0)
+    training.run(directory, instantiate(config.tracking), str(directory.path), position)
     print(f"{directory.path}: complete")
 
 

@@ -1,5 +1,6 @@
 """The one trainer, blind to the optimizer."""
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -65,8 +66,13 @@ class Training:
         self.rows: list[Row] = []
         self.epoch, self.seconds = 0, 0.0
 
-    def run(self, directory: RunDirectory, tracker: Tracker, description: str = "") -> list[Row]:
-        """Train what is missing and return all rows; leaves a complete record in ``directory``."""
+    def run(
+        self, directory: RunDirectory, tracker: Tracker, description: str = "", position: int = 0
+    ) -> list[Row]:
+        """Train what is missing and return all rows; leaves a complete record in ``directory``.
+
+        ``description`` and ``position`` are the progress bar's: several trainings may share a terminal.
+        """
         device = next(self.problem.model.parameters()).device
         with directory.locked():
             checkpoint = directory.load_checkpoint(torch.device("cpu"))
@@ -74,14 +80,22 @@ class Training:
                 self.load_state_dict(checkpoint)
             directory.write_provenance(complete=False, device=device_name(device))
             tracker.start(directory.config, first_epoch=self.epoch + 1)
-            with tqdm(total=self.settings.epochs, initial=self.epoch, desc=description, unit="epoch") as bar:
+            with tqdm(
+                total=self.settings.epochs,
+                initial=self.epoch,
+                desc=description,
+                unit="epoch",
+                position=position,
+                mininterval=1 if sys.stderr.isatty() else 30,
+            ) as bar:
                 while self.epoch < self.settings.epochs:
                     rows = self.train_epoch()
                     directory.save_checkpoint(self.state_dict())
                     directory.write_curves(self.rows)
                     tracker.log(rows)
+                    losses = " ".join(f"{row['train_loss']:.3g}" for row in rows)
+                    bar.set_postfix_str(f"loss {losses}", refresh=False)
                     bar.update()
-                    bar.set_postfix_str("loss " + " ".join(f"{row['train_loss']:.3g}" for row in rows))
             directory.write_curves(self.rows)
             directory.finish(device_name(device))
             tracker.finish(self.rows)

@@ -1,0 +1,1 @@
+"""Speed, measured: not tests, and not part of the library."""

@@ -1,0 +1,251 @@
+"""Reading the records that training leaves behind.
+
+A record is a directory ``<root>/<problem>/<optimizer>/<variant>/`` with two files: ``curves.csv``,
+one row per (seed, epoch), and ``provenance.json``, the resolved configuration and where the numbers
+come from.
+"""
+
+import json
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+CURVES = "curves.csv"
+PROVENANCE = "provenance.json"
+REQUIRED_COLUMNS = (
+    "seed",
+    "epoch",
+    "train_loss",
+    "train_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "learning_rate",
+    "seconds",
+)
+ALWAYS_FINITE = (
+    "learning_rate",
+    "seconds",
+)  # everything else may be NaN or inf for a diverged seed
+
+
+class RecordError(ValueError):
+    """A record that cannot be read, or contradicts itself."""
+
+
+class NoRecordsError(RecordError):
+    """There is nothing to read where records were expected."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run: ``curves``, one row per (seed, epoch), and the ``provenance`` of these numbers."""
+
+    path: Path
+    curves: pd.DataFrame
+    provenance: dict[str, Any]
+
+    @property
+    def problem(self) -> str:
+        return _config_value(self.provenance, self.path, "problem", "name")
+
+    @property
+    def optimizer(self) -> str:
+        return _config_value(self.provenance, self.path, "optimizer", "name")
+
+    @property
+    def variant(self) -> str:
+        """``paper`` for the paper's settings, otherwise the overrides, such as ``lr=0.01``."""
+        return self.path.name
+
+    @property
+    def complete(self) -> bool:
+        return self.provenance["complete"]
+
+    @property
+    def label(self) -> str | None:
+        """What a figure must say about these numbers on its face, such as ``preview``."""
+        return self.provenance.get("label")
+
+
+def load_record(path: str | Path) -> Record:
+    """Read one record directory and check that it is whole.
+
+    Raises:
+        NoRecordsError: there is no record at ``path``, or one before its first finished epoch.
+        RecordError: a file is damaged, a column or a row is missing or there twice, or the record
+            is marked complete but lacks seeds or epochs of its own configuration.
+    """
+    path = Path(path)
+    record = Record(path, _read_curves(path / CURVES), _read_provenance(path / PROVENANCE))
+    if record.complete:
+        _check_complete(record)
+    return record
+
+
+def load_records(
+    root: str | Path,
+    problem: str,
+    *,
+    variant: str | None = "paper",
+    allow_incomplete: bool = False,
+) -> pd.DataFrame:
+    """Read the records of one problem into one long table.
+
+    Args:
+        root: directory that holds ``<problem>/<optimizer>/<variant>/``.
+        problem: name of the problem.
+        variant: name of the variant; None reads them all.
+        allow_incomplete: read unfinished records too instead of skipping them with a warning.
+
+    Returns:
+        One row per (optimizer, variant, seed, epoch): the columns of ``curves.csv``, preceded by
+        ``problem``, ``optimizer``, ``variant`` and, from the provenance, ``complete``, ``label``
+        (empty if there is none), ``device`` and ``threads``.
+
+    Raises:
+        NoRecordsError: nothing to read; the message says which command makes the records.
+        RecordError: a record is damaged; see ``load_record``.
+    """
+    frames = []
+    unfinished = []
+    for path in _record_directories(Path(root), problem, variant):
+        complete = _read_provenance(path / PROVENANCE)["complete"]
+        if not complete and not (allow_incomplete and (path / CURVES).exists()):
+            unfinished.append(str(path))
+            continue
+        record = load_record(path)
+        if (record.problem, record.optimizer) != path.parts[-3:-1]:
+            raise RecordError(
+                f"{path}: the record inside is of problem {record.problem!r} and optimizer "
+                f"{record.optimizer!r}; move it to the directory of that name"
+            )
+        frames.append(_long_format(record))
+    if unfinished:
+        warnings.warn(f"skipped unfinished records: {', '.join(unfinished)}", stacklevel=2)
+    if not frames:
+        raise NoRecordsError(_nothing_found(Path(root), problem, variant, unfinished))
+    return pd.concat(frames, ignore_index=True)
+
+
+def by_optimizer(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The long table of ``load_records`` split into one table per optimizer."""
+    return {str(name): curves for name, curves in frame.groupby("optimizer", sort=False)}
+
+
+def _record_directories(root: Path, problem: str, variant: str | None) -> Iterator[Path]:
+    for path in sorted((root / problem).glob("*/*")):
+        if variant in (None, path.name) and any(
+            (path / name).exists() for name in (CURVES, PROVENANCE)
+        ):
+            yield path
+
+
+def _nothing_found(root: Path, problem: str, variant: str | None, unfinished: list[str]) -> str:
+    command = (
+        f"python -m experiments.train -m problem={problem} optimizer=sgd,adam,kfac,two_level_kfac"
+    )
+    where = root / problem / "<optimizer>" / (variant or "<variant>")
+    if unfinished:
+        return f"no finished records in {where}; the same training command resumes them: {command}"
+    return f"no records in {where}; make them with: {command}"
+
+
+def _long_format(record: Record) -> pd.DataFrame:
+    origin = {
+        "problem": record.problem,
+        "optimizer": record.optimizer,
+        "variant": record.variant,
+        "complete": record.complete,
+        "label": record.label or "",
+        "device": str(record.provenance.get("device", "")),
+        "threads": record.provenance.get("threads"),
+    }
+    columns = pd.DataFrame(origin, index=record.curves.index)
+    return pd.concat([columns, record.curves], axis=1)
+
+
+def _read_provenance(path: Path) -> dict[str, Any]:
+    try:
+        provenance = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NoRecordsError(
+            f"{path} does not exist: not a record, or an unfinished copy"
+        ) from None
+    except ValueError as error:
+        raise RecordError(f"{path} is not valid JSON ({error}); run the training again") from error
+    if not isinstance(provenance, dict) or not isinstance(provenance.get("complete"), bool):
+        raise RecordError(f"{path} lacks 'complete: true' or 'complete: false'")
+    return provenance
+
+
+def _read_curves(path: Path) -> pd.DataFrame:
+    try:
+        text = path.read_bytes()
+        curves = pd.read_csv(path)
+    except FileNotFoundError:
+        raise NoRecordsError(f"{path} does not exist: no epoch has finished yet") from None
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path} is damaged ({error}); run the training again") from error
+    missing = [column for column in REQUIRED_COLUMNS if column not in curves]
+    if missing:
+        raise RecordError(f"{path} lacks the columns {', '.join(missing)}")
+    if curves.empty:
+        raise NoRecordsError(f"{path} has no rows: no epoch has finished yet")
+    _check_values(path, curves, cut_off=not text.endswith(b"\n"))
+    _check_rows(path, curves)
+    return curves
+
+
+def _check_values(path: Path, curves: pd.DataFrame, *, cut_off: bool) -> None:
+    damaged = [c for c in curves if not pd.api.types.is_numeric_dtype(curves[c])]
+    damaged += [c for c in ("seed", "epoch") if not pd.api.types.is_integer_dtype(curves[c])]
+    damaged += [c for c in ALWAYS_FINITE if c not in damaged and not np.isfinite(curves[c]).all()]
+    if damaged:
+        raise RecordError(
+            f"{path} is damaged: not a number in every row of {', '.join(map(str, damaged))}; "
+            "run the training again"
+        )
+    if cut_off:
+        raise RecordError(f"{path} is damaged: its last line is cut off; run the training again")
+
+
+def _check_rows(path: Path, curves: pd.DataFrame) -> None:
+    counts = Counter(zip(curves["seed"], curves["epoch"], strict=True))
+    (seed, epoch), rows = counts.most_common(1)[0]
+    if rows > 1:
+        raise RecordError(f"{path} has {rows} rows for seed {seed}, epoch {epoch}")
+    expected = set(range(1, max(curves["epoch"]) + 1))
+    for seed, of_seed in curves.groupby("seed"):
+        if wrong := sorted(expected ^ set(of_seed["epoch"])):
+            raise RecordError(
+                f"{path}: seed {seed} should have the epochs 1 to {max(expected)} like the other "
+                f"seeds; missing or too many: {', '.join(map(str, wrong))}"
+            )
+
+
+def _check_complete(record: Record) -> None:
+    planned = _config_value(record.provenance, record.path, "training", "epochs")
+    found = max(record.curves["epoch"])
+    if found != planned:
+        raise RecordError(f"{record.path} is marked complete but has {found} of {planned} epochs")
+    seeds = set(_config_value(record.provenance, record.path, "seeds"))
+    if seeds != set(record.curves["seed"]):
+        raise RecordError(
+            f"{record.path} is marked complete but its seeds are "
+            f"{sorted(set(record.curves['seed']))} instead of {sorted(seeds)}"
+        )
+
+
+def _config_value(provenance: dict[str, Any], path: Path, *keys: str) -> Any:
+    try:
+        return reduce(lambda node, key: node[key], keys, provenance["config"])
+    except (KeyError, TypeError):
+        name = ".".join(("config", *keys))
+        raise RecordError(f"{path / PROVENANCE} lacks '{name}'") from None

@@ -1,0 +1,72 @@
+"""Statistics over seeds, some of which may have diverged: mean with Student-t interval, median."""
+
+import math
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+
+def seed_table(curves: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """One record's ``metric`` as a table, epochs by seeds, with NaN from a seed's divergence on.
+
+    A seed has diverged from the first epoch on at which ``metric`` or its training loss is not
+    finite, and stays diverged even if later values are finite: an accuracy computed from NaN
+    outputs is a number, but means nothing.
+    """
+    alive = _finite_so_far(_pivot(curves, "train_loss"))
+    values = _pivot(curves, metric)
+    return values.where(alive & _finite_so_far(values))
+
+
+def seed_interval(
+    table: pd.DataFrame, *, log: bool = False, confidence: float = 0.95
+) -> pd.DataFrame:
+    """Mean over seeds with its Student-t interval (n - 1 degrees of freedom), epoch by epoch.
+
+    Args:
+        table: values, epochs by seeds. A seed is left out from its first non-finite value on, for
+            good.
+        log: compute mean and interval on the logarithm and map them back, for a logarithmic axis:
+            the mean is then the geometric mean.
+        confidence: coverage of the interval.
+
+    Returns:
+        Indexed by epoch: ``mean``, ``low``, ``high``, the number of ``seeds`` that entered, and the
+        number ``excluded`` so far. One seed has no interval (NaN), no seed no mean.
+
+    Raises:
+        ValueError: ``log`` and a value that is not positive.
+    """
+    values = table.where(_finite_so_far(table))
+    if log:
+        if bool((values <= 0).to_numpy().any()):
+            raise ValueError(
+                f"a logarithmic axis needs positive values; the smallest is {values.min().min():g}"
+            )
+        values = values.map(math.log)
+    seeds = values.count(axis=1)
+    mean = values.mean(axis=1)
+    quantile = stats.t.ppf(0.5 + confidence / 2, df=seeds - 1)
+    half_width = quantile * values.std(axis=1, ddof=1) / np.sqrt(seeds)
+    interval = pd.DataFrame({"mean": mean, "low": mean - half_width, "high": mean + half_width})
+    if log:
+        interval = interval.map(math.exp)
+    return interval.assign(seeds=seeds, excluded=table.shape[1] - seeds)
+
+
+def seed_median(table: pd.DataFrame) -> pd.Series:
+    """Median of a loss over all seeds, epoch by epoch.
+
+    A diverged seed counts as +inf: a median cannot be improved by seeds that fail.
+    """
+    return table.where(_finite_so_far(table)).fillna(np.inf).median(axis=1)
+
+
+def _pivot(curves: pd.DataFrame, metric: str) -> pd.DataFrame:
+    return curves.pivot(index="epoch", columns="seed", values=metric).sort_index()
+
+
+def _finite_so_far(table: pd.DataFrame) -> pd.DataFrame:
+    finite = np.logical_and.accumulate(np.isfinite(table.to_numpy(dtype=float)), axis=0)
+    return pd.DataFrame(finite, index=table.index, columns=table.columns)

@@ -1,0 +1,18 @@
+"""Draw Figure 2: training and test accuracy of the deep linear MLP."""
+
+from collections.abc import Sequence
+
+from kfac2.figures import Panel, figure2, save_figure
+from kfac2.figures.arguments import plot_arguments, read_records
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = plot_arguments(__doc__).parse_args(argv)
+    frame = read_records(arguments, "deep_linear_mlp")
+    panel = Panel("64-layer linear MLP", frame)
+    paths = save_figure(figure2(panel), arguments.output, "figure2")
+    print("wrote", ", ".join(str(path) for path in paths))
+
+
+if __name__ == "__main__":
+    main()
