@@ -14,6 +14,7 @@ import torch
 FACTOR_INTERVAL, INVERSE_INTERVAL = 4, 8
 """Intervals while sampling. A step's work does not depend on them, and at the paper's 10 and 100 a step
 that refreshes the inverses would be too rare to take the median of."""
+MINIMUM_ROUNDS = 3
 
 
 @dataclass
@@ -64,18 +65,18 @@ class Contender:
         return "ordinary"
 
 
-def interleave(contenders: Sequence[Contender], seconds: float, minimum_rounds: int = 3) -> int:
-    """Let all run a few steps in turn, in shuffled order, until the time is up; returns the number of rounds."""
+def interleave(contenders: Sequence[Contender], seconds: float, steps: int = INVERSE_INTERVAL) -> int:
+    """Let each run ``steps`` in turn, in shuffled order, until the time is up; returns the number of rounds."""
     for contender in contenders:
-        contender.run(2 * INVERSE_INTERVAL)
+        contender.run(steps)
         contender.forget()
     order, shuffle = list(contenders), random.Random(0).shuffle
     end = time.perf_counter() + seconds
     rounds = 0
-    while rounds < minimum_rounds or time.perf_counter() < end:
+    while rounds < MINIMUM_ROUNDS or time.perf_counter() < end:
         shuffle(order)
         for contender in order:
-            contender.run(INVERSE_INTERVAL)
+            contender.run(steps)
         rounds += 1
     return rounds
 

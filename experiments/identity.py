@@ -35,7 +35,9 @@ def variant_name(own: dict[str, Any], base: dict[str, Any]) -> str:
         return "paper"
     short = [key.rpartition(".")[2] for key in differing]
     names = short if len(set(short)) == len(short) else list(differing)
-    name = ",".join(f"{key}={_text(value)}" for key, value in sorted(zip(names, differing.values(), strict=True)))
+    name = ",".join(
+        f"{key}={_text(value)}" for key, value in sorted(zip(names, differing.values(), strict=True))
+    )
     if len(name) > LONGEST_NAME:
         name = f"{name[:LONGEST_NAME]}…{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return name

@@ -32,10 +32,9 @@ def check_overrides(arguments: Sequence[str], config_dir: str) -> None:
 
 
 def _is_foreign(override: Override) -> bool:
-    return override.is_add() or override.is_delete() or override.key_or_group.split("/")[0].split(".")[0] in (
-        "hydra",
-        *GROUPS,
-    ) and "." not in override.key_or_group or override.key_or_group.startswith("hydra")
+    """Additions, deletions, choices of a group and Hydra's own settings."""
+    key = override.key_or_group
+    return override.is_add() or override.is_delete() or key in GROUPS or key.startswith("hydra")
 
 
 def _choices(overrides: Sequence[Override]) -> list[tuple[str, ...]]:

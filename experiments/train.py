@@ -1,7 +1,7 @@
 """Train one optimizer on one problem, and leave a record.
 
-    python -m experiments.train problem=deep_linear_mlp optimizer=two_level_kfac
-    python -m experiments.train -m optimizer=sgd,adam optimizer.lr=1e-2,1e-3
+python -m experiments.train problem=deep_linear_mlp optimizer=two_level_kfac
+python -m experiments.train -m optimizer=sgd,adam optimizer.lr=1e-2,1e-3
 """
 
 import sys
@@ -34,7 +34,7 @@ def main(config: DictConfig) -> None:
         print(f"{directory.path}: complete, not trained again (rerun=true does)")
         return
     training = build_training(config)
-    position = HydraConfig.get().job.get("num", 0)
+    position = OmegaConf.select(HydraConfig.get(), "job.num", default=0)  # pyright: ignore
     training.run(directory, instantiate(config.tracking), str(directory.path), position)
     print(f"{directory.path}: complete")
 

@@ -50,10 +50,7 @@ class KroneckerBlocks:
         good = self.seen
         for part in new:
             good = good & finite_matrices(part)
-        merged = (
-            torch.where(matrices(good), part, old)
-            for part, old in zip(new, self.inverse, strict=True)
-        )
+        merged = (torch.where(matrices(good), part, old) for part, old in zip(new, self.inverse, strict=True))
         self.inverse = type(self.inverse)(*merged)
         return ~good & self.attempted[:, None].to(good.device)
 
@@ -68,7 +65,13 @@ class KroneckerBlocks:
         """What is remembered of one layer (views; updates are out of place)."""
         parts = {name: part[layer] for name, part in self.inverse._asdict().items()}
         attempted = self.attempted[layer]
-        return {"a": self.a[layer], "g": self.g[layer], "seen": self.seen[layer], "attempted": attempted, **parts}
+        return {
+            "a": self.a[layer],
+            "g": self.g[layer],
+            "seen": self.seen[layer],
+            "attempted": attempted,
+            **parts,
+        }
 
     def load(self, states: list[dict[str, Tensor]]) -> None:
         """Take over the states of all ``n`` layers; raises ``ValueError`` on other names or shapes."""

@@ -1,6 +1,7 @@
 """The coarse space of two-level K-FAC: one degree of freedom per layer (eq. 5-7, Algorithm 1)."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,7 +143,7 @@ class CoarseSpace:
             for index, gradients in blocks
         ]
 
-    def state_dict(self) -> dict[str, Tensor | int]:
+    def state_dict(self) -> dict[str, Any]:
         return {
             "grams": self.grams,
             "seen": self.seen,
@@ -150,7 +151,7 @@ class CoarseSpace:
             "indefinite": self.indefinite,
         }
 
-    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ``ValueError`` where the state belongs to another number of layers or another Fisher."""
         for name in ("grams", "seen", "inverse"):
             old, new = getattr(self, name), state[name]

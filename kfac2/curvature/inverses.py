@@ -8,6 +8,7 @@ from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # pyright: ignore
 
 from kfac2.curvature.averages import finite_matrices, matrices
 
@@ -72,7 +73,7 @@ def eigh_or_nan(x: Tensor) -> tuple[Tensor, Tensor]:
     safe = torch.where(matrices(finite), x, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
     try:
         values, vectors = torch.linalg.eigh(safe)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         values, vectors = _eigh_one_by_one(safe)
     values = values.masked_fill(~finite[..., None], torch.nan)
     return values, vectors.masked_fill(~matrices(finite), torch.nan)
@@ -85,7 +86,7 @@ def _eigh_one_by_one(x: Tensor) -> tuple[Tensor, Tensor]:
     for k, matrix in enumerate(x.reshape(-1, *x.shape[-2:])):
         try:
             flat_values[k], flat_vectors[k] = torch.linalg.eigh(matrix)
-        except torch.linalg.LinAlgError:
+        except LinAlgError:
             continue
     return values, vectors
 

@@ -95,9 +95,7 @@ def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _draw(
-    axes: Axes, frame: pd.DataFrame, metric: str, x: str, styles: Styles | None, *, log: bool
-) -> None:
+def _draw(axes: Axes, frame: pd.DataFrame, metric: str, x: str, styles: Styles | None, *, log: bool) -> None:
     records = by_optimizer(frame)
     tables = []
     for name, style in (styles or optimizer_styles(records)).items():

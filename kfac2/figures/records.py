@@ -141,16 +141,12 @@ def by_optimizer(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def _record_directories(root: Path, problem: str, variant: str | None) -> Iterator[Path]:
     for path in sorted((root / problem).glob("*/*")):
-        if variant in (None, path.name) and any(
-            (path / name).exists() for name in (CURVES, PROVENANCE)
-        ):
+        if variant in (None, path.name) and any((path / name).exists() for name in (CURVES, PROVENANCE)):
             yield path
 
 
 def _nothing_found(root: Path, problem: str, variant: str | None, unfinished: list[str]) -> str:
-    command = (
-        f"python -m experiments.train -m problem={problem} optimizer=sgd,adam,kfac,two_level_kfac"
-    )
+    command = f"python -m experiments.train -m problem={problem} optimizer=sgd,adam,kfac,two_level_kfac"
     where = root / problem / "<optimizer>" / (variant or "<variant>")
     if unfinished:
         return f"no finished records in {where}; the same training command resumes them: {command}"
@@ -175,9 +171,7 @@ def _read_provenance(path: Path) -> dict[str, Any]:
     try:
         provenance = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise NoRecordsError(
-            f"{path} does not exist: not a record, or an unfinished copy"
-        ) from None
+        raise NoRecordsError(f"{path} does not exist: not a record, or an unfinished copy") from None
     except ValueError as error:
         raise RecordError(f"{path} is not valid JSON ({error}); run the training again") from error
     if not isinstance(provenance, dict) or not isinstance(provenance.get("complete"), bool):

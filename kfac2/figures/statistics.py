@@ -19,9 +19,7 @@ def seed_table(curves: pd.DataFrame, metric: str) -> pd.DataFrame:
     return values.where(alive & _finite_so_far(values))
 
 
-def seed_interval(
-    table: pd.DataFrame, *, log: bool = False, confidence: float = 0.95
-) -> pd.DataFrame:
+def seed_interval(table: pd.DataFrame, *, log: bool = False, confidence: float = 0.95) -> pd.DataFrame:
     """Mean over seeds with its Student-t interval (n - 1 degrees of freedom), epoch by epoch.
 
     Args:

@@ -51,6 +51,5 @@ def optimizer_styles(names: Iterable[str]) -> dict[str, Style]:
     known = {name: style for name, style in OPTIMIZERS.items() if name in names}
     others = sorted(names - set(OPTIMIZERS))
     return known | {
-        name: Style(name, color, "-")
-        for name, color in zip(others, cycle(OTHER_COLORS), strict=False)
+        name: Style(name, color, "-") for name, color in zip(others, cycle(OTHER_COLORS), strict=False)
     }

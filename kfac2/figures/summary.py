@@ -52,9 +52,7 @@ def loss_table(
     committed = _losses(reference)
     rows = []
     for name, table in _losses(frame).items():
-        columns = seed_interval(table).assign(
-            median=seed_median(table), slow=(table > SLOW_LOSS).sum(axis=1)
-        )
+        columns = seed_interval(table).assign(median=seed_median(table), slow=(table > SLOW_LOSS).sum(axis=1))
         if name in committed:
             columns["committed"] = seed_median(committed[name])
         rows.append(columns.reindex(epochs).assign(optimizer=name))

@@ -41,9 +41,7 @@ def check_rule(frame: pd.DataFrame, reference: pd.DataFrame | None = None) -> li
         reference: the committed records; None leaves the comparison with them undecided.
     """
     checks = [
-        _check_reference(frame, reference, name, epoch)
-        for name, epochs in EPOCHS.items()
-        for epoch in epochs
+        _check_reference(frame, reference, name, epoch) for name, epochs in EPOCHS.items() for epoch in epochs
     ]
     return [*checks, _check_gain(frame)]
 
@@ -56,9 +54,7 @@ def verdict(checks: list[Check]) -> str:
     return "not decided" if "not decided" in answers else "reproduced"
 
 
-def _check_reference(
-    frame: pd.DataFrame, reference: pd.DataFrame | None, name: str, epoch: int
-) -> Check:
+def _check_reference(frame: pd.DataFrame, reference: pd.DataFrame | None, name: str, epoch: int) -> Check:
     question = f"{OPTIMIZERS[name].label}, epoch {epoch}: within 20% of the committed median"
     try:
         median = _median(frame, name, epoch)

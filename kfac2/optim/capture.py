@@ -92,9 +92,7 @@ class Capture:
             if gradient is not None:
                 visit(index, self.records[index].inputs, gradient)
 
-        handles = [
-            node.register_prehook(partial(arrive, captured[node])) for node in reachable - deepest
-        ]
+        handles = [node.register_prehook(partial(arrive, captured[node])) for node in reachable - deepest]
         ends = [captured[node] for node in deepest]
         try:
             with torch.no_grad():

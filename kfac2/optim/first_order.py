@@ -16,7 +16,9 @@ class _FirstOrder:
 class SGD(_FirstOrder, torch.optim.SGD):
     """``torch.optim.SGD``, built from a model; ``likelihood`` and ``generator`` are ignored."""
 
-    def __init__(self, model: nn.Module, lr: float, *, likelihood: Any = None, generator: Any = None, **options: Any):
+    def __init__(
+        self, model: nn.Module, lr: float, *, likelihood: Any = None, generator: Any = None, **options: Any
+    ):
         super().__init__(model.parameters(), lr=lr, fused=True, **options)
 
 

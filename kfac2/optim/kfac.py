@@ -8,14 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
-from kfac2.curvature import INVERSES, CoarseSpace, kl_clip_factor
-from kfac2.curvature.averages import decay_at, matrices
+from kfac2.curvature import INVERSES, CoarseSpace
 from kfac2.optim.capture import Capture
-from kfac2.optim.likelihood import LIKELIHOODS
+from kfac2.optim.likelihood import LIKELIHOODS, check_labels, check_output
+from kfac2.optim.options import SharedOptions, as_generators, check_choice, refuse_distributed, shared_options
+from kfac2.optim.preconditioner import Preconditioner
 from kfac2.optim.selection import Exclude, refuse_wrapped, select_layers
-from kfac2.optim.stacks import Sample, make_stacks
-
-SHARED_OPTIONS = ("damping", "kl_clip", "factor_interval", "inverse_interval")
 
 
 class KFAC(torch.optim.SGD):
@@ -50,12 +48,11 @@ class KFAC(torch.optim.SGD):
         params: torch parameter groups; all of the model's parameters by default. ``damping``,
             ``kl_clip`` and the intervals stand in the groups, so they can be scheduled, but must agree.
         exclude: module names, or a predicate on (name, module): layers left to plain SGD.
+        coarse: a ``CoarseSpace`` makes it two-level; ``TwoLevelKFAC`` builds the paper's.
 
     Raises:
         ValueError: an option out of its range, an unknown name, or a model that cannot be captured.
     """
-
-    coarse: CoarseSpace | None = None
 
     def __init__(
         self,
@@ -74,10 +71,11 @@ class KFAC(torch.optim.SGD):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         params: Iterable[Any] | None = None,
         exclude: Exclude = (),
+        coarse: CoarseSpace | None = None,
     ):
         refuse_wrapped(model)
-        _choose("likelihood", likelihood, LIKELIHOODS)
-        _choose("inverse", inverse, INVERSES)
+        check_choice("likelihood", likelihood, LIKELIHOODS)
+        check_choice("inverse", inverse, INVERSES)
         if not 0 <= factor_decay < 1:
             raise ValueError(f"factor_decay must be in [0, 1), got {factor_decay}")
         self._built = False
@@ -87,36 +85,24 @@ class KFAC(torch.optim.SGD):
             momentum=momentum,
             weight_decay=weight_decay,
         )
-        shared = dict(zip(SHARED_OPTIONS, (damping, kl_clip, factor_interval, inverse_interval), strict=True))
+        shared = SharedOptions(damping, kl_clip, factor_interval, inverse_interval)._asdict()
         self.defaults.update(shared)
         for group in self.param_groups:
             group.update(shared | group)
         self._built = True
-        self._options()
+        shared_options(self.param_groups)
 
         optimized = {p for group in self.param_groups for p in group["params"]}
-        self.layers, self.coverage = select_layers(model, optimized, exclude)
-        self.replicated, self.replicas = self.layers[0].replicated, self.layers[0].replicas
-        self.iteration = 0
-        self.factor_decay, self.inverse = factor_decay, inverse
-        self.rejected_samples = 0
-        """Layer samples (per replica) that were not finite and left the running averages alone."""
-        self.failed_inverses = 0
-        """Inverses (per layer and replica) that could not be computed and left the old one in place."""
-        self.diverged = torch.zeros(self.replicas, dtype=torch.bool)
-        """Replicas that had no inverse to fall back on; their parameters become NaN."""
-        self.diagnostics: dict[str, Tensor] = {}
-        """Of the latest step, per replica: ``nu``, and with a coarse space ``coarse_ratio``."""
+        layers, self.coverage = select_layers(model, optimized, exclude)
+        self.preconditioner = Preconditioner(layers, self.param_groups, inverse, factor_decay, coarse)
+        self._replicas_of_output = layers[0].replicas if layers[0].replicated else None
         self._likelihood = LIKELIHOODS[likelihood]
-        self._generators = _generators(generator, self.replicas)
-        self._stacks = make_stacks(self.layers, self.param_groups, inverse)
+        self._generators = as_generators(generator, layers[0].replicas)
         # The fused update walks raw memory: parameters and gradients must have one layout.
         self._contiguous = all(p.is_contiguous() and p.device.type in ("cpu", "cuda") for p in optimized)
-        self._sample: dict[int, Sample] = {}
-        self._ready = [False] * len(self.layers)
-        self._warned = False
-        modules = [layer.module for layer in self.layers]
-        self._capture = Capture(model, [layer.name for layer in self.layers], modules, self._due)
+        self._capture = Capture(
+            model, [layer.name for layer in layers], [layer.module for layer in layers], self._refresh_is_due
+        )
 
     # -- what the training loop calls ---------------------------------------------------------------
 
@@ -135,34 +121,21 @@ class KFAC(torch.optim.SGD):
             ValueError: labels or inputs of a wrong shape.
             RuntimeError: an output that is not the latest forward pass's.
         """
-        if not self._due():
+        if not self._refresh_is_due():
             return
-        _refuse_distributed()
-        samples = self._check_output(output)
+        refuse_distributed()
+        samples = check_output(self._likelihood, output, self._replicas_of_output)
         if labels is None:
             labels = self._likelihood.draw(output.detach(), self._generators)
-        elif labels.shape != self._likelihood.label_shape(output):
-            expected = tuple(self._likelihood.label_shape(output))
-            raise ValueError(f"labels have shape {tuple(labels.shape)}, the output asks for {expected}")
-        sums: dict[int, tuple[Tensor, Tensor]] = {}
+        check_labels(self._likelihood, output, labels)
+        preconditioner = self.preconditioner
 
         def visit(index: int, inputs: Tensor, gradients: Tensor) -> None:
-            layer = self.layers[index]
-            a, g = layer.input_columns(inputs), layer.gradient_columns(gradients)
-            if a.shape[-1] != samples:
-                raise ValueError(
-                    f"layer {layer.name!r} saw {a.shape[-1]} samples, the output has {samples}: leave the "
-                    f"layer to plain SGD with exclude=[{layer.name!r}]"
-                )
-            sample = Sample(a @ a.mT, g @ g.mT, samples)
-            self._sample[index] = sample.plus(self._sample.get(index))
-            if self.coarse is not None:
-                sums[index] = self.coarse.project(index, a, g)
+            preconditioner.observe(index, inputs, gradients, samples)
 
         with torch.autocast(output.device.type, enabled=False):
             self._capture.backpropagate(self._likelihood.negative_log(output, labels), visit)
-            if self.coarse is not None:
-                self.coarse.accumulate(sums)
+            preconditioner.end_batch()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore
@@ -176,98 +149,55 @@ class KFAC(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        damping, kl_clip, factor_interval, inverse_interval = self._options()
-        if self.iteration % factor_interval == 0:
-            self._refresh_factors()
-        if self.iteration % inverse_interval == 0:
-            self._refresh_inverses(damping)
-        gradients, active = self._stacked_gradients()
-        updates = self._precondition(gradients, active)
-        self._clip(updates, gradients, kl_clip)
-        self._update_parameters(updates, active)
-        self.iteration += 1
+        options, preconditioner = shared_options(self.param_groups), self.preconditioner
+        if preconditioner.iteration % options.factor_interval == 0:
+            preconditioner.refresh_factors()
+            self._capture.clear()
+        if preconditioner.iteration % options.inverse_interval == 0:
+            preconditioner.refresh_inverses(options.damping)
+        gradients, active = preconditioner.gradients()
+        updates = preconditioner.precondition(gradients, active)
+        lrs = [float(group["lr"]) for group in self.param_groups]
+        preconditioner.clip(updates, gradients, lrs, options.kl_clip)
+        self._update_parameters(preconditioner.split(updates, active))
+        preconditioner.iteration += 1
         return loss
 
-    # -- the named parts of a step ------------------------------------------------------------------
+    @property
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Of the latest step, per replica ``(R,)``: ``nu`` (ν of eq. 10), and with two levels
+        ``coarse_ratio``, the norm of the coarse correction relative to the one-level update."""
+        return self.preconditioner.diagnostics
 
-    def _refresh_factors(self) -> None:
-        if not self._sample:
-            raise RuntimeError(
-                f"iteration {self.iteration + 1} refreshes the curvature: call "
-                "optimizer.update_curvature(output) between the forward pass and backward()"
-            )
-        decay = decay_at(self.iteration + 1, self.factor_decay)
-        rejected = [stack.fold(self._sample, decay) for stack in self._stacks]
-        if self.coarse is not None:
-            rejected.append(self.coarse.fold(decay))
-        self._sample = {}
-        self._capture.clear()
-        self.rejected_samples += self._count(rejected, "curvature samples were not finite")
+    @property
+    def diverged(self) -> Tensor:
+        """Replicas ``(R,)`` that had no inverse to fall back on; their parameters become NaN."""
+        return self.preconditioner.diverged
 
-    def _refresh_inverses(self, damping: float) -> None:
-        failed = [stack.blocks.refresh_inverse(damping) for stack in self._stacks]
-        missing = [stack.blocks.missing_inverse() for stack in self._stacks]
-        if self.coarse is not None:
-            failed.append(self.coarse.refresh(damping))
-            missing.append(~self.coarse.has_inverse())
-        self.failed_inverses += self._count(failed, "inverses could not be computed")
-        self.diverged |= torch.stack([m.any(0) if m.dim() == 2 else m for m in missing]).any(0).cpu()
-        if self.diverged.any() and not self.replicated:
-            raise RuntimeError(
-                f"iteration {self.iteration + 1}: no finite curvature and no earlier inverse for layers "
-                f"{self._names_of(missing)}. Lower lr, raise damping, or check the data for non-finite values"
-            )
-        for stack in self._stacks:
-            for position, index in enumerate(stack.index.tolist()):
-                self._ready[index] = bool(stack.blocks.attempted[position])
+    @property
+    def rejected_samples(self) -> int:
+        """Curvature samples (per layer and replica) that were not finite and left the averages alone."""
+        return self.preconditioner.rejected_samples
 
-    def _stacked_gradients(self) -> tuple[list[Tensor], list[bool]]:
-        """Plain gradients, one ``(n, R, d_out, d_in)`` per stack, and which layers take part."""
-        active = [
-            ready and layer.weight.grad is not None
-            for ready, layer in zip(self._ready, self.layers, strict=True)
-        ]
-        return [stack.gradients(active) for stack in self._stacks], active
+    @property
+    def failed_inverses(self) -> int:
+        """Inverses (per layer and replica) that could not be computed and left the old one in place."""
+        return self.preconditioner.failed_inverses
 
-    def _precondition(self, gradients: list[Tensor], active: list[bool]) -> list[Tensor]:
-        updates = [stack.precondition(g, active) for stack, g in zip(self._stacks, gradients, strict=True)]
-        if self.coarse is None:
-            return updates
-        blocks = [(stack.index, g) for stack, g in zip(self._stacks, gradients, strict=True)]
-        coefficients = self.coarse.solve(self.coarse.restrict(blocks))
-        corrections = [
-            stack.masked(c, active)
-            for stack, c in zip(self._stacks, self.coarse.prolong(coefficients, blocks), strict=True)
-        ]
-        ratio = _squared_norm(corrections, like=updates) / _squared_norm(updates, like=updates)
-        self.diagnostics["coarse_ratio"] = ratio.sqrt()
-        return [u + c for u, c in zip(updates, corrections, strict=True)]
+    @property
+    def coarse(self) -> CoarseSpace | None:
+        return self.preconditioner.coarse
 
-    def _clip(self, updates: list[Tensor], gradients: list[Tensor], kl_clip: float | None) -> None:
-        """Scale the updates by ν, in place (eq. 10)."""
-        if kl_clip is None:
-            self.diagnostics["nu"] = torch.ones(self.replicas)
-            return
-        lrs = updates[0].new_tensor([float(group["lr"]) for group in self.param_groups])
-        per_layer = [
-            (u * g * lrs.square()[stack.groups]).sum((-2, -1)).abs()
-            for stack, u, g in zip(self._stacks, updates, gradients, strict=True)
-        ]
-        nu = kl_clip_factor(torch.cat(per_layer).sum(0), kl_clip)
-        for update in updates:
-            update *= matrices(nu)
-        self.diagnostics["nu"] = nu
+    def _refresh_is_due(self) -> bool:
+        return self.preconditioner.iteration % self.param_groups[0]["factor_interval"] == 0
 
-    def _update_parameters(self, updates: list[Tensor], active: list[bool]) -> None:
-        """SGD's own update (weight decay, heavy ball), on the preconditioned gradients."""
-        preconditioned: dict[int, Tensor] = {}
-        for stack, update in zip(self._stacks, updates, strict=True):
-            preconditioned |= stack.split(update, active)
+    def _update_parameters(self, preconditioned: dict[int, Tensor]) -> None:
+        """SGD's own update (weight decay, heavy ball), with the preconditioned gradients by ``id``."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            grads = [preconditioned.get(id(p), p.grad) for p in params]
+            grads: list[Tensor] = [preconditioned.get(id(p), p.grad) for p in params]  # pyright: ignore
             buffers = [self.state[p].get("momentum_buffer") for p in params]
-            first_time = [p for p, buffer in zip(params, buffers, strict=True) if buffer is None]
+            is_first = any(buffer is None for buffer in buffers)
             sgd(
                 params,
                 grads,
@@ -282,67 +212,9 @@ class KFAC(torch.optim.SGD):
                 nesterov=group["nesterov"],
                 maximize=group["maximize"],
             )
-            if first_time and group["momentum"] != 0:
+            if is_first and group["momentum"] != 0:
                 for p, buffer in zip(params, buffers, strict=True):
                     self.state[p]["momentum_buffer"] = buffer
-
-    # -- checks and small helpers -------------------------------------------------------------------
-
-    def _due(self) -> bool:
-        return self.iteration % self.param_groups[0]["factor_interval"] == 0
-
-    def _options(self) -> tuple[float, float | None, int, int]:
-        """damping, kl_clip and the intervals, checked: they may have been scheduled."""
-        first = self.param_groups[0]
-        for group in self.param_groups[1:]:
-            for key in SHARED_OPTIONS:
-                if group[key] != first[key]:
-                    raise ValueError(f"{key} must agree in all parameter groups: {first[key]} and {group[key]}")
-        damping, kl_clip, factor_interval, inverse_interval = (first[key] for key in SHARED_OPTIONS)
-        if not 0 <= damping < float("inf"):
-            raise ValueError(f"damping must be finite and not negative, got {damping}")
-        if kl_clip is not None and not kl_clip > 0:
-            raise ValueError(f"kl_clip must be positive (None turns clipping off), got {kl_clip}")
-        for key in ("factor_interval", "inverse_interval"):
-            if not (isinstance(first[key], int) and first[key] >= 1):
-                raise ValueError(f"{key} must be a positive integer, got {first[key]!r}")
-        return damping, kl_clip, factor_interval, inverse_interval
-
-    def _check_output(self, output: Tensor) -> int:
-        """The number of samples per replica."""
-        leading = 2 if self.replicated else 1
-        if not output.requires_grad:
-            raise RuntimeError("output does not require grad: pass the model's output, made with grad enabled")
-        if output.dim() < leading or (self.replicated and output.shape[0] != self.replicas):
-            expected = f"({self.replicas}, batch, ...)" if self.replicated else "(batch, ...)"
-            raise ValueError(f"output has shape {tuple(output.shape)}, expected {expected}")
-        if self._likelihood is LIKELIHOODS["categorical"] and output.dim() != leading + 1:
-            raise ValueError(
-                f"output has shape {tuple(output.shape)}: a categorical likelihood needs one class axis "
-                "after the batch; for single logits use likelihood='bernoulli'"
-            )
-        return output.shape[leading - 1]
-
-    def _count(self, bad: list[Tensor], what: str) -> int:
-        number = int(torch.stack([b.sum() for b in bad]).sum())
-        if number and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"iteration {self.iteration + 1}: {number} {what}; the earlier ones stay in use. Counted "
-                "in rejected_samples and failed_inverses from now on, without another warning",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-        return number
-
-    def _names_of(self, missing: list[Tensor]) -> str:
-        names = [
-            self.layers[index].name
-            for stack, mask in zip(self._stacks, missing, strict=False)
-            for index, bad in zip(stack.index.tolist(), mask.any(1).tolist(), strict=True)
-            if bad
-        ]
-        return ", ".join(names) or "(coarse matrix)"
 
     # -- state --------------------------------------------------------------------------------------
 
@@ -360,21 +232,8 @@ class KFAC(torch.optim.SGD):
 
         Taken between steps, it is everything needed to go on bit-identically.
         """
-        layers = {
-            self.layers[index].name: stack.blocks.state(position)
-            for stack in self._stacks
-            for position, index in enumerate(stack.index.tolist())
-        }
-        preconditioner = {
-            "iteration": self.iteration,
-            "layers": layers,
-            "ready": list(self._ready),
-            "coarse": None if self.coarse is None else self.coarse.state_dict(),
-            "generators": [generator.get_state() for generator in self._generators],
-            "rejected_samples": self.rejected_samples,
-            "failed_inverses": self.failed_inverses,
-            "diverged": self.diverged.clone(),
-        }
+        generators = [generator.get_state() for generator in self._generators]
+        preconditioner = self.preconditioner.state_dict() | {"generators": generators}
         return super().state_dict() | {"preconditioner": preconditioner}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -385,24 +244,16 @@ class KFAC(torch.optim.SGD):
         """
         if "preconditioner" not in state_dict:
             raise ValueError("the state dict has no 'preconditioner' entry: it is not a K-FAC optimizer's")
-        state = state_dict["preconditioner"]
-        names = {layer.name for layer in self.layers}
-        if names != set(state["layers"]):
-            differing = sorted(names ^ set(state["layers"]))
-            raise ValueError(f"the state was saved with other layers; they differ in: {', '.join(differing)}")
-        if (self.coarse is None) != (state["coarse"] is None):
-            raise ValueError("one of the state and the optimizer has a coarse space, the other has none")
-        for stack in self._stacks:
-            stack.blocks.load([state["layers"][self.layers[i].name] for i in stack.index.tolist()])
-        if self.coarse is not None:
-            self.coarse.load_state_dict(state["coarse"])
+        self.preconditioner.load_state_dict(state_dict["preconditioner"])
         super().load_state_dict(state_dict)
-        self.iteration, self._ready = state["iteration"], list(state["ready"])
-        self.rejected_samples, self.failed_inverses = state["rejected_samples"], state["failed_inverses"]
-        self.diverged = state["diverged"].clone()
-        self._sample = {}
         self._capture.clear()
-        _load_generators(self._generators, state["generators"])
+        try:
+            for generator, saved in zip(
+                self._generators, state_dict["preconditioner"]["generators"], strict=True
+            ):
+                generator.set_state(saved.cpu())
+        except (RuntimeError, ValueError) as error:  # generators of another device or number
+            warnings.warn(f"the label draws start anew from the given generator: {error}")
 
     def __getstate__(self) -> Any:
         raise TypeError("a K-FAC optimizer is bound to its model's hooks: copy or pickle its state_dict()")
@@ -421,8 +272,6 @@ class TwoLevelKFAC(KFAC):
         **options: as for ``KFAC``.
     """
 
-    coarse: CoarseSpace
-
     def __init__(
         self,
         model: nn.Module,
@@ -437,48 +286,4 @@ class TwoLevelKFAC(KFAC):
     ):
         if coarse is None:
             coarse = CoarseSpace(coarse_fisher, coarse_grid, resample, coarse_weight)
-        super().__init__(model, lr, **options)
-        self.coarse = coarse
-        self.coarse.bind(len(self.layers), self.replicas, self.layers[0].weight.device)
-
-
-def _choose(option: str, value: str, choices: Iterable[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"unknown {option} {value!r}: choose from {', '.join(choices)}")
-
-
-def _generators(
-    given: torch.Generator | Sequence[torch.Generator] | None, replicas: int
-) -> list[torch.Generator]:
-    if given is None:
-        return [torch.Generator().manual_seed(int(torch.randint(2**62, ())))]
-    generators = [given] if isinstance(given, torch.Generator) else list(given)
-    if len(generators) not in (1, replicas):
-        raise ValueError(f"{len(generators)} generators for {replicas} replicas: give one, or one for each")
-    return generators
-
-
-def _load_generators(generators: list[torch.Generator], states: list[Tensor]) -> None:
-    try:
-        for generator, saved in zip(generators, states, strict=True):
-            generator.set_state(saved.cpu())
-    except (RuntimeError, ValueError) as error:
-        warnings.warn(f"the label draws start anew from the given generator: {error}", stacklevel=3)
-
-
-def _refuse_distributed() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise RuntimeError(
-            "several processes train one model, and each would see different curvature: data parallelism "
-            "is not supported"
-        )
-
-
-def _squared_norm(blocks: list[Tensor], like: list[Tensor]) -> Tensor:
-    """Of ``blocks`` broadcast to the shapes of ``like``, per replica: ``(R,)``."""
-    norms = [
-        block.square().sum((-2, -1)) * (full.numel() / block.numel())
-        for block, full in zip(blocks, like, strict=True)
-    ]
-    return torch.cat(norms).sum(0)
+        super().__init__(model, lr, coarse=coarse, **options)

@@ -19,7 +19,7 @@ class LinearLayer:
     def __init__(self, name: str, module: nn.Module, with_bias: bool):
         self.name, self.module, self.with_bias = name, module, with_bias
         self.weight: nn.Parameter = module.weight  # pyright: ignore[reportAttributeAccessIssue]
-        self.bias = module.bias if with_bias else None
+        self.bias: nn.Parameter | None = module.bias if with_bias else None  # pyright: ignore
         self.dtype = torch.promote_types(self.weight.dtype, torch.float32)
 
     @property

@@ -69,3 +69,30 @@ LIKELIHOODS = {
     "bernoulli": Likelihood(_draw_bernoulli, _bernoulli_loss, lambda output: output.shape),
     "gaussian": Likelihood(_draw_gaussian, _gaussian_loss, lambda output: output.shape),
 }
+
+
+def check_output(likelihood: Likelihood, output: Tensor, replicas: int | None) -> int:
+    """The number of samples (per replica; ``replicas`` is None for an ordinary model).
+
+    Raises:
+        RuntimeError: an output without autograd history.
+        ValueError: a shape that does not fit the likelihood or the replicas.
+    """
+    leading = 1 if replicas is None else 2
+    if not output.requires_grad:
+        raise RuntimeError("output does not require grad: pass the model's output, made with grad enabled")
+    if output.dim() < leading or (replicas is not None and output.shape[0] != replicas):
+        expected = "(batch, ...)" if replicas is None else f"({replicas}, batch, ...)"
+        raise ValueError(f"output has shape {tuple(output.shape)}, expected {expected}")
+    if likelihood is LIKELIHOODS["categorical"] and output.dim() != leading + 1:
+        raise ValueError(
+            f"output has shape {tuple(output.shape)}: a categorical likelihood needs one class axis "
+            "after the batch; for single logits use likelihood='bernoulli'"
+        )
+    return output.shape[leading - 1]
+
+
+def check_labels(likelihood: Likelihood, output: Tensor, labels: Tensor) -> None:
+    expected = likelihood.label_shape(output)
+    if labels.shape != expected:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}, the output asks for {tuple(expected)}")

@@ -35,7 +35,9 @@ class RunDirectory:
         self.curves = path / "curves.csv"
         self.provenance = path / "provenance.json"
         if self.provenance.exists() and self._read()["config"] != config:
-            raise ValueError(f"{path} holds the record of another configuration: move it away, or set runs=...")
+            raise ValueError(
+                f"{path} holds the record of another configuration: move it away, or set runs=..."
+            )
 
     def is_complete(self) -> bool:
         return self.provenance.exists() and self._read()["complete"]

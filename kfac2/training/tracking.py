@@ -64,7 +64,7 @@ class WandbTracker:
             self._runs[seed] = wandb.init(
                 project=self.project,
                 dir=self.directory,
-                mode=mode,
+                mode=mode,  # pyright: ignore[reportArgumentType]
                 group=group,
                 name=f"{'-'.join(tags)}-seed{seed}-{group}",
                 id=f"{group}-{seed}",
@@ -80,7 +80,7 @@ class WandbTracker:
             return
         try:
             call()
-        except Exception as error:  # noqa: BLE001 - whatever it is, it must not stop a training
+        except Exception as error:
             self._failed = True
             logging.getLogger(__name__).debug("W&B failed", exc_info=True)
             warnings.warn(f"W&B tracking stopped, the training goes on: {error}", stacklevel=2)

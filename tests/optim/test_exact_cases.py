@@ -56,9 +56,7 @@ OPTIMIZERS: list[tuple[type[KFAC], dict[str, Any]]] = [
     (TwoLevelKFAC, {"coarse_fisher": "kronecker"}),
     (TwoLevelKFAC, {"coarse_fisher": "exact"}),
 ]
-each_optimizer = pytest.mark.parametrize(
-    ("optimizer_type", "extra"), OPTIMIZERS, ids=["one", "two", "exact"]
-)
+each_optimizer = pytest.mark.parametrize(("optimizer_type", "extra"), OPTIMIZERS, ids=["one", "two", "exact"])
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,10 @@ OPTIMIZERS = {
 def in_float64(problem: DeepLinearMLP) -> DeepLinearMLP:
     problem.model.double()
     problem.train_inputs, problem.test_inputs = problem.train_inputs.double(), problem.test_inputs.double()
-    problem.train_targets, problem.test_targets = problem.train_targets.double(), problem.test_targets.double()
+    problem.train_targets, problem.test_targets = (
+        problem.train_targets.double(),
+        problem.test_targets.double(),
+    )
     return problem
 
 

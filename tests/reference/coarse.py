@@ -1,4 +1,4 @@
-"""Literal two-level K-FAC: Algorithm 1 pair by pair, every Kronecker product formed, a dense ``Z``."""
+"""Literal two-level K-FAC: Algorithm 1 pair by pair, dense Kronecker products and ``Z``."""
 
 from collections.abc import Hashable, Sequence
 from typing import Any

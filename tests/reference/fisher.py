@@ -85,9 +85,7 @@ def gradient(model: nn.Module, loss: Tensor) -> Tensor:
     return parameter_vector(list(linear_layers(model)), dict(zip(names, grads, strict=True)))
 
 
-def per_sample_gradients(
-    model: nn.Module, inputs: Tensor, labels: Tensor, likelihood: str
-) -> Tensor:
+def per_sample_gradients(model: nn.Module, inputs: Tensor, labels: Tensor, likelihood: str) -> Tensor:
     """Gradients of the per-sample negative log-likelihood, shape ``(B, n)``, a pass per sample."""
     rows = []
     for x, y in zip(inputs, labels, strict=True):

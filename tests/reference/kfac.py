@@ -1,7 +1,7 @@
 """Literal one-level K-FAC in float64: one dense ``n x n`` preconditioner, nothing clever.
 
-An oracle for small networks of ``nn.Linear`` layers and anything else; everything else is trained by
-SGD. A replicated model is checked against one twin per replica.
+An oracle for small networks of ``nn.Linear`` layers and anything else, which is trained by SGD.
+A replicated model is checked against one twin per replica.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -84,9 +84,7 @@ class LiteralKFAC:
         self.clips: list[float] = []
         self.clip_norms: list[float] = []
 
-    def step(
-        self, inputs: Tensor, labels: Tensor, training_loss: Callable[[Tensor], Tensor]
-    ) -> None:
+    def step(self, inputs: Tensor, labels: Tensor, training_loss: Callable[[Tensor], Tensor]) -> None:
         """One iteration: ``labels`` for the curvature, ``training_loss`` for the gradient."""
         self.t += 1
         a, outputs, output = self.forward(inputs)
@@ -100,7 +98,7 @@ class LiteralKFAC:
         self.update(training_loss(output))
 
     def forward(self, inputs: Tensor) -> tuple[PerLayer, PerLayer, Tensor]:
-        """The layers' ``a`` (a one appended where there is a bias) and outputs; the model's output."""
+        """The layers' ``a``, a one appended for a bias, and outputs; the model's output."""
         a: PerLayer = {}
         outputs: PerLayer = {}
 
@@ -113,9 +111,7 @@ class LiteralKFAC:
 
             return hook
 
-        handles = [
-            layer.register_forward_hook(capture(name)) for name, layer in self.layers.items()
-        ]
+        handles = [layer.register_forward_hook(capture(name)) for name, layer in self.layers.items()]
         output = self.model(inputs)
         for handle in handles:
             handle.remove()
@@ -176,10 +172,7 @@ class LiteralKFAC:
         for layer in self.preconditioned:
             parts = [name for name in (f"{layer}.weight", f"{layer}.bias") if name in natural]
             norm += abs(
-                sum(
-                    of(self.lr, name) ** 2 * (natural[name] * gradients[name]).sum().item()
-                    for name in parts
-                )
+                sum(of(self.lr, name) ** 2 * (natural[name] * gradients[name]).sum().item() for name in parts)
             )
         self.clip_norms.append(norm)
         self.clips.append(1.0 if self.kl_clip is None else min(1.0, sqrt(self.kl_clip / norm)))

@@ -92,16 +92,14 @@ class Replicated(nn.Sequential):
 
     def __init__(self, networks: Sequence[nn.Sequential]) -> None:
         super().__init__(*[replicated_module(module, len(networks)) for module in networks[0]])
-        self.output_shape = networks[0](torch.zeros(2, INPUTS)).shape[1:]
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 values: list[Tensor] = [network.get_parameter(name) for network in networks]
                 parameter.copy_(torch.stack(values).reshape(parameter.shape))
 
     def forward(self, input: Tensor) -> Tensor:
-        replicas, samples, _ = input.shape
-        output = super().forward(input.transpose(1, 2)).transpose(1, 2)
-        return output.reshape(replicas, samples, *self.output_shape)
+        output = super().forward(input.transpose(1, 2))
+        return output.transpose(1, 2) if output.dim() == 3 else output
 
 
 def replicated_module(module: nn.Module, replicas: int) -> nn.Module:
@@ -110,7 +108,9 @@ def replicated_module(module: nn.Module, replicas: int) -> nn.Module:
         return ReplicatedLinear(replicas, module.in_features, module.out_features, bias=bias)
     if isinstance(module, nn.BatchNorm1d):
         return ReplicatedBatchNorm(replicas, module.num_features)
-    return nn.Identity() if isinstance(module, nn.Flatten) else module
+    if isinstance(module, nn.Flatten):  # (R, 1, B) -> (R, B) where one network gives (B,)
+        return nn.Flatten(start_dim=1) if module.start_dim == 0 else nn.Identity()
+    return module
 
 
 def forward(model: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, Tensor, Tensor]:

@@ -118,9 +118,7 @@ def test_captured_inputs_and_output_gradients_give_the_per_sample_gradients(bias
     twin = LiteralKFAC(model, **settings())
     a, outputs, output = twin.forward(x)
     g = twin.output_gradients(outputs, output, labels)
-    rows = [
-        torch.cat([vec(torch.outer(g[name][n], a[name][n])) for name in a]) for n in range(len(x))
-    ]
+    rows = [torch.cat([vec(torch.outer(g[name][n], a[name][n])) for name in a]) for n in range(len(x))]
     close(torch.stack(rows), per_sample_gradients(model, x, labels, "gaussian"))
 
 
@@ -148,9 +146,7 @@ def test_algorithm_1_is_a_hadamard_product_of_two_averaged_gram_matrices(bias: b
 
 
 def test_running_averages_forget_with_the_given_decay() -> None:
-    twin = LiteralKFAC(
-        nn.Sequential(nn.Linear(1, 1, bias=False)), **settings(lr=0.0, factor_decay=0.6)
-    )
+    twin = LiteralKFAC(nn.Sequential(nn.Linear(1, 1, bias=False)), **settings(lr=0.0, factor_decay=0.6))
     values = [1.0, 2.0, 3.0, 4.0]
     observe(twin, [(torch.tensor([[v]]), torch.zeros(1, 1)) for v in values])
     expected = 1.0
@@ -193,9 +189,7 @@ def test_exact_coarse_fisher_of_a_deep_linear_net_is_the_restricted_fisher() -> 
 @pytest.mark.parametrize("coarse_fisher", ["kronecker", "exact"])
 def test_one_datum_makes_every_kronecker_approximation_exact(coarse_fisher: str) -> None:
     model, x, y, damping = network(), torch.randn(1, 4), torch.randn(1, 2), 1e-2
-    twin = LiteralTwoLevelKFAC(
-        model, coarse_fisher=coarse_fisher, coarse_weight=0.5, **settings(lr=0.0)
-    )
+    twin = LiteralTwoLevelKFAC(model, coarse_fisher=coarse_fisher, coarse_weight=0.5, **settings(lr=0.0))
     observe(twin, [(x, y)])
     F = labelled_fisher(model, x, y, "gaussian")
     sizes = twin.sizes

@@ -1,0 +1,59 @@
+"""Checks of what a user passes to an optimizer; each error names the thing and what to do."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+
+class SharedOptions(NamedTuple):
+    """The K-FAC options that stand in the parameter groups, so that they can be scheduled and saved."""
+
+    damping: float
+    kl_clip: float | None
+    factor_interval: int
+    inverse_interval: int
+
+
+def shared_options(param_groups: Sequence[dict[str, Any]]) -> SharedOptions:
+    """Read and check them; raises ``ValueError`` where groups disagree or a value is out of its range."""
+    first = param_groups[0]
+    for group in param_groups[1:]:
+        for key in SharedOptions._fields:
+            if group[key] != first[key]:
+                raise ValueError(f"{key} must agree in all parameter groups: {first[key]} and {group[key]}")
+    options = SharedOptions(*(first[key] for key in SharedOptions._fields))
+    if not 0 <= options.damping < float("inf"):
+        raise ValueError(f"damping must be finite and not negative, got {options.damping}")
+    if options.kl_clip is not None and not options.kl_clip > 0:
+        raise ValueError(f"kl_clip must be positive (None turns clipping off), got {options.kl_clip}")
+    for key in ("factor_interval", "inverse_interval"):
+        if not (isinstance(first[key], int) and first[key] >= 1):
+            raise ValueError(f"{key} must be a positive integer, got {first[key]!r}")
+    return options
+
+
+def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {option} {value!r}: choose from {', '.join(choices)}")
+
+
+def as_generators(
+    given: torch.Generator | Sequence[torch.Generator] | None, replicas: int
+) -> list[torch.Generator]:
+    """One generator, or one per replica; None makes one, seeded from torch's."""
+    if given is None:
+        return [torch.Generator().manual_seed(int(torch.randint(2**62, ())))]
+    generators = [given] if isinstance(given, torch.Generator) else list(given)
+    if len(generators) not in (1, replicas):
+        raise ValueError(f"{len(generators)} generators for {replicas} replicas: give one, or one for each")
+    return generators
+
+
+def refuse_distributed() -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise RuntimeError(
+            "several processes train one model, and each would see different curvature: data parallelism "
+            "is not supported"
+        )

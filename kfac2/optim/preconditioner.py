@@ -1,0 +1,227 @@
+"""What K-FAC remembers of the curvature, and how it turns gradients into updates."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac2.curvature import CoarseSpace, kl_clip_factor
+from kfac2.curvature.averages import decay_at, matrices
+from kfac2.optim.layers import LinearLayer
+from kfac2.optim.stacks import Sample, make_stacks
+
+Blocks = list[Tensor]
+"""One tensor ``(n, R, d_out, d_in)`` per stack of layers."""
+
+
+class Preconditioner:
+    """Kronecker factors, damped inverses and, with two levels, a coarse space.
+
+    ``iteration`` counts the finished steps: the paper's t is one more. ``ready`` says which layers have
+    been through a refresh of the inverses; the others take plain steps.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LinearLayer],
+        param_groups: Sequence[dict[str, Any]],
+        inverse: str,
+        factor_decay: float,
+        coarse: CoarseSpace | None,
+    ):
+        self.layers, self.factor_decay, self.coarse = layers, factor_decay, coarse
+        self.replicas, self.replicated = layers[0].replicas, layers[0].replicated
+        self.stacks = make_stacks(layers, param_groups, inverse)
+        if coarse is not None:
+            coarse.bind(len(layers), self.replicas, layers[0].weight.device)
+        self.iteration = 0
+        self.ready = [False] * len(layers)
+        self.diverged = torch.zeros(self.replicas, dtype=torch.bool)
+        self.rejected_samples = 0
+        self.failed_inverses = 0
+        self.diagnostics: dict[str, Tensor] = {}
+        self._warned = False
+        self.discard_sample()
+
+    # -- curvature ----------------------------------------------------------------------------------
+
+    def discard_sample(self) -> None:
+        self._sample: dict[int, Sample] = {}
+        self._sums: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def observe(self, index: int, inputs: Tensor, gradients: Tensor, samples: int) -> None:
+        """Add one layer's input and output gradient to the sample under way."""
+        layer = self.layers[index]
+        a, g = layer.input_columns(inputs), layer.gradient_columns(gradients)
+        if a.shape[-1] != samples:
+            raise ValueError(
+                f"layer {layer.name!r} saw {a.shape[-1]} samples, the output has {samples}: leave the "
+                f"layer to plain SGD with exclude=[{layer.name!r}]"
+            )
+        self._sample[index] = Sample(a @ a.mT, g @ g.mT, samples).plus(self._sample.get(index))
+        if self.coarse is not None:
+            self._sums[index] = self.coarse.project(index, a, g)
+
+    def end_batch(self) -> None:
+        """All layers of a batch have been observed."""
+        if self.coarse is not None:
+            self.coarse.accumulate(self._sums)
+            self._sums = {}
+
+    def refresh_factors(self) -> None:
+        """Take the sample into the running averages.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        if not self._sample:
+            raise RuntimeError(
+                f"iteration {self.iteration + 1} refreshes the curvature: call "
+                "optimizer.update_curvature(output) between the forward pass and backward()"
+            )
+        decay = decay_at(self.iteration + 1, self.factor_decay)
+        rejected = [stack.fold(self._sample, decay) for stack in self.stacks]
+        if self.coarse is not None:
+            rejected.append(self.coarse.fold(decay))
+        self.discard_sample()
+        self.rejected_samples += self._count(rejected, "curvature samples were not finite")
+
+    def refresh_inverses(self, damping: float) -> None:
+        """Recompute all inverses; one that fails leaves its predecessor in place.
+
+        Raises:
+            RuntimeError: there is no predecessor. In a replicated model the replica is marked diverged
+                instead, and its update becomes NaN.
+        """
+        failed = [stack.blocks.refresh_inverse(damping) for stack in self.stacks]
+        missing = [stack.blocks.missing_inverse().any(0) for stack in self.stacks]
+        if self.coarse is not None:
+            failed.append(self.coarse.refresh(damping))
+            missing.append(~self.coarse.has_inverse())
+        self.failed_inverses += self._count(failed, "inverses could not be computed")
+        self.diverged |= torch.stack(missing).any(0).cpu()
+        if self.diverged.any() and not self.replicated:
+            raise RuntimeError(
+                f"iteration {self.iteration + 1}: no finite curvature and no earlier inverse for "
+                f"{self._layers_without_inverse()}. Lower lr, raise damping, or check the data for "
+                "non-finite values"
+            )
+        for stack in self.stacks:
+            for position, index in enumerate(stack.index.tolist()):
+                self.ready[index] = bool(stack.blocks.attempted[position])
+
+    # -- gradients to updates -----------------------------------------------------------------------
+
+    def gradients(self) -> tuple[Blocks, list[bool]]:
+        """The plain gradients, and which layers take part in this step."""
+        active = [
+            ready and layer.weight.grad is not None
+            for ready, layer in zip(self.ready, self.layers, strict=True)
+        ]
+        return [stack.gradients(active) for stack in self.stacks], active
+
+    def precondition(self, gradients: Blocks, active: list[bool]) -> Blocks:
+        """Eq. 4, and eq. 6 with a coarse space."""
+        updates = [stack.precondition(g, active) for stack, g in zip(self.stacks, gradients, strict=True)]
+        if self.coarse is None:
+            return updates
+        blocks = [(stack.index, g) for stack, g in zip(self.stacks, gradients, strict=True)]
+        coefficients = self.coarse.solve(self.coarse.restrict(blocks))
+        corrections = [
+            stack.masked(correction, active)
+            for stack, correction in zip(self.stacks, self.coarse.prolong(coefficients, blocks), strict=True)
+        ]
+        ratio = _squared_norm(corrections, like=updates) / _squared_norm(updates, like=updates)
+        self.diagnostics["coarse_ratio"] = ratio.sqrt()
+        return [u + c for u, c in zip(updates, corrections, strict=True)]
+
+    def clip(self, updates: Blocks, gradients: Blocks, lrs: Sequence[float], kl_clip: float | None) -> None:
+        """Scale the updates by ν, in place (eq. 10); ``lrs`` are the parameter groups' η."""
+        if kl_clip is None:
+            self.diagnostics["nu"] = updates[0].new_ones(self.replicas)
+            return
+        squared_lrs = updates[0].new_tensor(lrs).square()
+        per_layer = [
+            (u * g * squared_lrs[stack.groups]).sum((-2, -1)).abs()
+            for stack, u, g in zip(self.stacks, updates, gradients, strict=True)
+        ]
+        nu = kl_clip_factor(torch.cat(per_layer).sum(0), kl_clip)
+        for update in updates:
+            update *= matrices(nu)
+        self.diagnostics["nu"] = nu
+
+    def split(self, updates: Blocks, active: list[bool]) -> dict[int, Tensor]:
+        """The updates shaped like their parameters, by parameter ``id``."""
+        pieces: dict[int, Tensor] = {}
+        for stack, update in zip(self.stacks, updates, strict=True):
+            pieces |= stack.split(update, active)
+        return pieces
+
+    # -- state --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        layers = {
+            layer.name: stack.blocks.state(position)
+            for stack in self.stacks
+            for position, layer in enumerate(stack.layers)
+        }
+        return {
+            "iteration": self.iteration,
+            "layers": layers,
+            "ready": list(self.ready),
+            "coarse": None if self.coarse is None else self.coarse.state_dict(),
+            "diverged": self.diverged.clone(),
+            "rejected_samples": self.rejected_samples,
+            "failed_inverses": self.failed_inverses,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ``ValueError`` where the state is another model's or another kind of optimizer's."""
+        names, saved = {layer.name for layer in self.layers}, set(state["layers"])
+        if names != saved:
+            differing = ", ".join(sorted(names ^ saved))
+            raise ValueError(f"the state was saved with other layers; they differ in: {differing}")
+        if (self.coarse is None) != (state["coarse"] is None):
+            raise ValueError("one of the state and the optimizer has a coarse space, the other has none")
+        if self.coarse is not None:
+            self.coarse.load_state_dict(state["coarse"])
+        for stack in self.stacks:
+            stack.blocks.load([state["layers"][layer.name] for layer in stack.layers])
+        self.iteration, self.ready = state["iteration"], list(state["ready"])
+        self.diverged = state["diverged"].cpu().clone()
+        self.rejected_samples, self.failed_inverses = state["rejected_samples"], state["failed_inverses"]
+        self.discard_sample()
+
+    # -- small helpers ------------------------------------------------------------------------------
+
+    def _count(self, bad: Blocks, what: str) -> int:
+        number = int(torch.stack([b.sum() for b in bad]).sum())
+        if number and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"iteration {self.iteration + 1}: {number} {what}; the earlier ones stay in use. Counted "
+                "in rejected_samples and failed_inverses from now on, without another warning",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+        return number
+
+    def _layers_without_inverse(self) -> str:
+        names = [
+            layer.name
+            for stack in self.stacks
+            for layer, bad in zip(stack.layers, stack.blocks.missing_inverse().any(1).tolist(), strict=True)
+            if bad
+        ]
+        return f"layers {', '.join(names)}" if names else "the coarse matrix"
+
+
+def _squared_norm(blocks: Blocks, like: Blocks) -> Tensor:
+    """Of ``blocks`` broadcast to the shapes of ``like``, per replica: ``(R,)``."""
+    norms = [
+        block.square().sum((-2, -1)) * (full[0, 0].numel() / block[0, 0].numel())
+        for block, full in zip(blocks, like, strict=True)
+    ]
+    return torch.cat(norms).sum(0)

@@ -1,0 +1,158 @@
+"""Replicated layers are torch's own layers, side by side."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kfac2.nn import ReplicatedBatchNorm, ReplicatedLinear, ReplicatedSequential
+
+close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-10)
+REPLICAS, FEATURES, SAMPLES = 3, 4, 6
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def seeds(replicas: int = REPLICAS) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(r) for r in range(replicas)]
+
+
+def replicated(hidden: int = FEATURES, bias: bool = True) -> ReplicatedSequential:
+    """Two blocks of a linear layer and a batch norm, with random scales and shifts."""
+    model = ReplicatedSequential(
+        ReplicatedLinear(REPLICAS, FEATURES, hidden, bias=bias, generators=seeds()),
+        ReplicatedBatchNorm(REPLICAS, hidden),
+        nn.Tanh(),
+        ReplicatedLinear(REPLICAS, hidden, FEATURES, bias=bias, generators=seeds()),
+        ReplicatedBatchNorm(REPLICAS, FEATURES),
+    )
+    for p in model.parameters():
+        if p.dim() < 3:
+            nn.init.normal_(p)
+    return model.double()
+
+
+def alone(model: ReplicatedSequential, r: int) -> nn.Sequential:
+    """Replica ``r`` in torch's own layers."""
+    twins: list[nn.Module] = []
+    for module in model:
+        if isinstance(module, ReplicatedLinear):
+            twin = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None).double()
+            twin.load_state_dict({name: p[r] for name, p in module.named_parameters()})
+        elif isinstance(module, ReplicatedBatchNorm):
+            twin = nn.BatchNorm1d(module.features, eps=module.eps, momentum=module.momentum).double()
+            state = {name: x.view(REPLICAS, -1)[r] for name, x in module.state_dict().items()}
+            twin.load_state_dict(state | {"num_batches_tracked": torch.tensor(0)})
+        else:
+            twin = deepcopy(module)
+        twins.append(twin)
+    return nn.Sequential(*twins)
+
+
+def per_replica(parameter: Tensor) -> Tensor:
+    return parameter if parameter.shape[0] == REPLICAS else parameter.view(REPLICAS, -1)
+
+
+def assert_same(model: ReplicatedSequential, twins: Sequence[nn.Sequential], passes: int) -> None:
+    """Outputs, input and parameter gradients, and running statistics agree after ``passes`` batches."""
+    for _ in range(passes):
+        x = torch.randn(REPLICAS, FEATURES, SAMPLES, dtype=torch.float64, requires_grad=True)
+        xs = [one.T.detach().requires_grad_() for one in x]
+        weights = torch.randn(REPLICAS, FEATURES, SAMPLES, dtype=torch.float64)
+        output = model(x)
+        (output * weights).sum().backward()
+        for r, twin in enumerate(twins):
+            expected = twin(xs[r])
+            (expected * weights[r].T).sum().backward()
+            close(output[r], expected.T)
+            close(x.grad[r], xs[r].grad.T)  # pyright: ignore[reportOptionalSubscript, reportOptionalMemberAccess]
+    for r, twin in enumerate(twins):
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            close(per_replica(p.grad)[r], q.grad)  # pyright: ignore[reportArgumentType]
+        for module, other in zip(model, twin, strict=True):
+            if isinstance(other, nn.BatchNorm1d):
+                close(module.running_mean.view(REPLICAS, -1)[r], other.running_mean)
+                close(module.running_var.view(REPLICAS, -1)[r], other.running_var)
+
+
+@pytest.mark.parametrize("hidden", [FEATURES, FEATURES + 1])
+@pytest.mark.parametrize("bias", [True, False])
+def test_training_is_torchs(bias: bool, hidden: int) -> None:
+    model = replicated(hidden, bias)
+    assert_same(model, [alone(model, r) for r in range(REPLICAS)], passes=3)
+
+
+def test_evaluation_after_training_is_torchs() -> None:
+    model = replicated()
+    for _ in range(3):
+        model(torch.randn(REPLICAS, FEATURES, SAMPLES, dtype=torch.float64))
+    twins = [alone(model, r).eval() for r in range(REPLICAS)]
+    assert_same(model.eval(), twins, passes=2)
+
+
+def test_norms_frozen_in_evaluation_mode_while_the_model_trains() -> None:
+    model = replicated()
+    twins = [alone(model, r) for r in range(REPLICAS)]
+    for network in (model, *twins):
+        for module in network:
+            if isinstance(module, ReplicatedBatchNorm | nn.BatchNorm1d):
+                module.eval()
+    assert_same(model, twins, passes=2)
+
+
+def test_each_norm_keeps_its_own_momentum_and_epsilon() -> None:
+    model = ReplicatedSequential(
+        ReplicatedBatchNorm(REPLICAS, FEATURES, momentum=0.5, eps=1e-1),
+        ReplicatedBatchNorm(REPLICAS, FEATURES, momentum=0.01, eps=1e-5),
+    ).double()
+    assert_same(model, [alone(model, r) for r in range(REPLICAS)], passes=2)
+
+
+def test_a_replica_alone_is_the_same_among_others() -> None:
+    """Initialisation, forward pass and running statistics, up to rounding."""
+    many = replicated(bias=False)
+    x = torch.randn(REPLICAS, FEATURES, SAMPLES, dtype=torch.float64)
+    output = many(x)
+    for r, seed in enumerate(seeds()):
+        one = ReplicatedLinear(1, FEATURES, FEATURES, generators=[seed]).double()
+        assert torch.equal(one.weight[0], many[0].weight[r])  # pyright: ignore
+        single = ReplicatedSequential(
+            ReplicatedLinear(1, FEATURES, FEATURES),
+            ReplicatedBatchNorm(1, FEATURES),
+            nn.Tanh(),
+            ReplicatedLinear(1, FEATURES, FEATURES),
+            ReplicatedBatchNorm(1, FEATURES),
+        ).double()
+        with torch.no_grad():
+            for p, q in zip(single.parameters(), many.parameters(), strict=True):
+                p.copy_(per_replica(q)[r].view_as(p))
+        close(single(x[r : r + 1])[0], output[r])
+        close(single[1].running_var[0], many[1].running_var.view(REPLICAS, -1)[r])
+
+
+def test_a_replica_of_nan_leaves_the_others_alone() -> None:
+    model = replicated()
+    twin = deepcopy(model)
+    x = torch.randn(REPLICAS, FEATURES, SAMPLES, dtype=torch.float64)
+    expected = twin(x)
+    x[1] = torch.nan
+    output = model(x)
+    assert output[1].isnan().all()
+    assert torch.equal(output[[0, 2]], expected[[0, 2]])
+    running = model[1].running_var.view(REPLICAS, -1), twin[1].running_var.view(REPLICAS, -1)
+    assert torch.equal(running[0][[0, 2]], running[1][[0, 2]])
+
+
+def test_initialisation_is_he_uniform() -> None:
+    layer = ReplicatedLinear(2, 50, 400, bias=True, generators=seeds(2))
+    bound = (6 / 50) ** 0.5
+    assert layer.weight.abs().max() <= bound
+    assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
+    assert not torch.equal(layer.weight[0], layer.weight[1])
+    assert not layer.bias.any()  # pyright: ignore[reportOptionalMemberAccess]
