@@ -49,7 +49,9 @@ def training(
         problem.losses(output, targets).sum().backward()
         optimizer.step()
 
-    return Contender(name, step, replicas, **intervals)
+    return Contender(
+        name, step, replicas, intervals.get("factor_interval"), intervals.get("inverse_interval")
+    )
 
 
 def optimizers(replicas: int) -> dict[str, Contender]:

@@ -4,6 +4,8 @@ All train one seed of the same network, written as anybody would, with ``nn.Line
 """
 
 from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.timing import FACTOR_INTERVAL, INVERSE_INTERVAL, Contender
 from kfac2.problems.deep_linear import DeepLinearMLP
 
-SGD_OPTIONS = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-3}
+SGD_OPTIONS: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-3}
 
 
 def plain_sgd(batch_size: int) -> Contender:
@@ -25,7 +27,7 @@ def plain_sgd(batch_size: int) -> Contender:
         F.binary_cross_entropy_with_logits(model(x), y).backward()
         optimizer.step()
 
-    return Contender("nn.Sequential, torch.optim.SGD", step)
+    return Contender("plain nn.Sequential, SGD", step)
 
 
 def asdl_kfac(batch_size: int) -> Contender:
@@ -60,7 +62,9 @@ def asdl_kfac(batch_size: int) -> Contender:
         maker.forward_and_backward()
         optimizer.step()
 
-    return Contender("asdfghjkl KfacGradientMaker", step, 1, FACTOR_INTERVAL, INVERSE_INTERVAL)
+    return Contender(
+        f"asdfghjkl {version('asdfghjkl')}, true Fisher", step, 1, FACTOR_INTERVAL, INVERSE_INTERVAL
+    )
 
 
 def singd(batch_size: int) -> Contender:
@@ -89,7 +93,7 @@ def singd(batch_size: int) -> Contender:
         preconditioner.step()
         optimizer.step()
 
-    return Contender("singd SINGD(kfac_like=True)", step, 1, FACTOR_INTERVAL)
+    return Contender(f"singd {version('singd')}, empirical Fisher", step, 1, FACTOR_INTERVAL)
 
 
 PEERS: dict[str, Callable[[int], Contender]] = {"asdfghjkl": asdl_kfac, "singd": singd}

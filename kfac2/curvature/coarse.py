@@ -30,6 +30,7 @@ class CoarseSpace:
             ``Σ_kl (A ⊗ G)_kl = (1ᵀA1)(1ᵀG1)``. ``"exact"``: ``E[p pᵀ]``, ``p_i = α_i γ_i``, which is
             ``Z F Zᵀ`` itself where samples do not interact. BatchNorm in training mode makes them
             interact: then the true ``Z F Zᵀ`` is that of the whole batch's logits, another matrix.
+            Both are semi-definite as long as all layers are first seen together.
         grid, resample: how feature maps of different resolutions are compared. Layers with one
             position (every layer supported so far) have one resolution, so these change nothing.
         weight: factor on the correction; 0 gives one-level K-FAC.

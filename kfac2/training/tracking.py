@@ -54,7 +54,7 @@ class WandbTracker:
         import wandb
 
         mode = self.mode
-        if mode == "online" and wandb.api.api_key is None:
+        if mode == "online" and not wandb.login(prompt=False):
             warnings.warn("tracking.mode=online, but no W&B login is stored: tracking offline", stacklevel=2)
             mode = "offline"
         Path(self.directory).mkdir(parents=True, exist_ok=True)

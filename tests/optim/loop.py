@@ -15,7 +15,6 @@ INPUTS, CLASSES, BATCH, REPLICAS = 4, 3, 8, 3
 FACTORS, INVERSES = 2, 4  # refresh at steps 0, 2, 4, … and 0, 4, …
 each_optimizer = pytest.mark.parametrize("kind", [KFAC, TwoLevelKFAC])
 each_inverse = pytest.mark.parametrize("inverse", ["eigen", "tikhonov"])
-Grads = list[Tensor | None]
 
 
 def network(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -66,6 +65,7 @@ def train(
     first: int = 0,
     call: Callable[[Tensor], Tensor] | None = None,
     before: Callable[[int], None] = lambda step: None,
+    empirical: bool = False,
 ) -> None:
     """``steps`` steps; ``call`` stands in for the model, ``before`` is called ahead of each step."""
     for step in range(first, first + steps):
@@ -73,7 +73,7 @@ def train(
         x, y = batch(step, next(model.parameters()).dtype)
         optimizer.zero_grad()
         output = (call or model)(x)
-        optimizer.update_curvature(output)
+        optimizer.update_curvature(output, labels=y if empirical else None)
         F.cross_entropy(output, y).backward()
         optimizer.step()
 

@@ -151,8 +151,8 @@ def test_parameters_not_given_are_listed_and_left_alone() -> None:
 @each_optimizer
 @pytest.mark.parametrize(
     "exclude",
-    [["3"], ("3",), "3", iter(["3"]), lambda name, module: name == "3"],
-    ids=["list", "tuple", "str", "iterator", "predicate"],
+    [["3"], {"3"}, "3", lambda name, module: name == "3"],
+    ids=["list", "set", "str", "predicate"],
 )
 def test_an_excluded_layer_takes_plain_steps(kind: type[KFAC], exclude: Any) -> None:
     model, _, updates = one_update(kind, exclude=exclude, lr=0.1, **PLAIN)
@@ -164,7 +164,10 @@ def test_an_excluded_layer_takes_plain_steps(kind: type[KFAC], exclude: Any) -> 
 
 def test_a_predicate_sees_the_module() -> None:
     optimizer = build(KFAC, network(), exclude=lambda name, module: module.weight.shape[0] == CLASSES)
-    assert [line.parameter for line in optimizer.coverage if line.reason == "excluded"] == ["5.weight", "5.bias"]
+    assert [line.parameter for line in optimizer.coverage if line.reason == "excluded"] == [
+        "5.weight",
+        "5.bias",
+    ]
 
 
 def test_an_unknown_excluded_name_lists_the_layers() -> None:
@@ -179,7 +182,8 @@ def test_excluding_a_container_excludes_what_it_holds_or_is_an_error() -> None:
     except ValueError as error:
         assert "0" in str(error)  # noqa: PT017
     else:
-        assert [layer.name for layer in optimizer.layers] == ["1"]
+        preconditioned = [line.parameter for line in optimizer.coverage if line.preconditioned]
+        assert preconditioned == ["1.weight", "1.bias"]
 
 
 # -- parameter groups and schedules -----------------------------------------------------------------
@@ -425,7 +429,11 @@ def test_a_replica_with_its_own_generator_evolves_as_alone(kind: type[KFAC], inv
 @each_inverse
 @pytest.mark.parametrize(
     ("dtype", "factors", "tolerance"),
-    [(torch.float64, torch.float64, 0.0), (torch.float32, torch.float32, 1e-3), (torch.bfloat16, torch.float32, 0.1)],
+    [
+        (torch.float64, torch.float64, 0.0),
+        (torch.float32, torch.float32, 1e-3),
+        (torch.bfloat16, torch.float32, 0.1),
+    ],
     ids=str,
 )
 def test_parameter_types(
@@ -433,8 +441,8 @@ def test_parameter_types(
 ) -> None:
     model, twin = network(dtype=dtype), network().to(dtype).double()
     optimizer = build(kind, model, inverse=inverse)
-    train(model, optimizer, 3)
-    train(twin, build(kind, twin, inverse=inverse), 3)
+    train(model, optimizer, 3, empirical=True)
+    train(twin, build(kind, twin, inverse=inverse), 3, empirical=True)
     for state in optimizer.state_dict()["preconditioner"]["layers"].values():
         assert state["a"].dtype == state["g"].dtype == factors
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
@@ -443,33 +451,22 @@ def test_parameter_types(
 
 
 @each_optimizer
-def test_autocast(kind: type[KFAC]) -> None:
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast(kind: type[KFAC], inside: bool) -> None:
+    """The forward pass in bfloat16; ``update_curvature`` inside the context or after it."""
     model, twin = network(dtype=torch.float32), network(dtype=torch.float32)
 
     def call(x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return model(x)
+            output = model(x)
+        return output if inside else output.float()
 
-    optimizer = build(kind, model)
-    train(model, optimizer, 5, call=call)
-    train(twin, build(kind, twin), 5)
-    assert_close(model, twin, rtol=0.1, atol=0.1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+        train(model, build(kind, model), 3, call=call, empirical=True)
+    train(twin, build(kind, twin), 3, empirical=True)
+    assert_close(model, twin, rtol=2e-2, atol=2e-2)
     assert not same(model, twin)
     assert all(p.dtype == torch.float32 for p in model.parameters())
-
-
-@each_optimizer
-def test_update_curvature_inside_autocast(kind: type[KFAC]) -> None:
-    inside, outside = network(dtype=torch.float32), network(dtype=torch.float32)
-
-    def call(x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return outside(x)
-
-    with torch.autocast("cpu", torch.bfloat16):
-        train(inside, build(kind, inside), 3)
-    train(outside, build(kind, outside), 3, call=call)
-    assert_close(inside, outside, rtol=1e-2, atol=1e-2)
 
 
 def test_memory_layout_does_not_matter() -> None:

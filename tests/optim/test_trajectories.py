@@ -16,10 +16,9 @@ from tests.reference.kfac import LiteralKFAC
 from tests.reference.precision import float64
 from tests.reference.problems import CASES, GAUSSIAN, Batch, Case, Replicated, real_step
 
-# Float64 rounding, 1e-16 relative, is amplified by the damped inverses (condition numbers to 1e4)
-# and by every step. Measured over three seeds: 5e-14 at most after a dozen steps, which is also how
-# far two twins drift apart whose first parameters differ in the last bit. The rest is margin for
-# other machines; an error in the method shows at the size of a step, 1e-4 and more.
+# Float64 rounding, 1e-16 relative, is amplified by the damped inverses and by every step. Measured over
+# three seeds: 5e-14 at most after a dozen steps; two twins whose first parameters differ in the last bit
+# drift apart as far. The rest is margin for other machines.
 close = partial(assert_close, rtol=1e-10, atol=1e-11)
 
 STEPS = 12
