@@ -17,12 +17,12 @@ each_optimizer = pytest.mark.parametrize("kind", [KFAC, TwoLevelKFAC])
 each_inverse = pytest.mark.parametrize("inverse", ["eigen", "tikhonov"])
 
 
-def network(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+def network(seed: int = 0, dtype: torch.dtype = torch.float64, bias: bool = True) -> nn.Sequential:
     """Three linear layers, two of one shape, and a batch norm."""
     torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Linear(INPUTS, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, CLASSES)
-    ).to(dtype)
+    layers = nn.Linear(INPUTS, 4, bias), nn.Linear(4, 4, bias), nn.Linear(4, CLASSES, bias)
+    model = nn.Sequential(layers[0], nn.BatchNorm1d(4), nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+    return model.to(dtype)
 
 
 def replicated(replicas: int = REPLICAS) -> nn.Sequential:
@@ -70,7 +70,8 @@ def train(
     """``steps`` steps; ``call`` stands in for the model, ``before`` is called ahead of each step."""
     for step in range(first, first + steps):
         before(step)
-        x, y = batch(step, next(model.parameters()).dtype)
+        parameter = next(model.parameters())
+        x, y = (data.to(parameter.device) for data in batch(step, parameter.dtype))
         optimizer.zero_grad()
         output = (call or model)(x)
         optimizer.update_curvature(output, labels=y if empirical else None)

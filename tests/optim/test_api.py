@@ -453,20 +453,28 @@ def test_parameter_types(
 @each_optimizer
 @pytest.mark.parametrize("inside", [True, False])
 def test_autocast(kind: type[KFAC], inside: bool) -> None:
-    """The forward pass in bfloat16; ``update_curvature`` inside the context or after it."""
+    """The forward pass in bfloat16; ``update_curvature`` and the loss inside the context or after it."""
     model, twin = network(dtype=torch.float32), network(dtype=torch.float32)
-
-    def call(x: Tensor) -> Tensor:
+    optimizer = build(kind, model)
+    for step in range(3):
+        x, y = batch(step, torch.float32)
+        optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             output = model(x)
-        return output if inside else output.float()
-
-    with torch.autocast("cpu", torch.bfloat16, enabled=inside):
-        train(model, build(kind, model), 3, call=call, empirical=True)
+            assert output.dtype == torch.bfloat16
+            if inside:
+                optimizer.update_curvature(output, labels=y)
+                loss = F.cross_entropy(output, y)
+        if not inside:
+            optimizer.update_curvature(output, labels=y)
+            loss = F.cross_entropy(output.float(), y)
+        loss.backward()  # pyright: ignore[reportPossiblyUnboundVariable]
+        optimizer.step()
     train(twin, build(kind, twin), 3, empirical=True)
     assert_close(model, twin, rtol=2e-2, atol=2e-2)
     assert not same(model, twin)
-    assert all(p.dtype == torch.float32 for p in model.parameters())
+    for p, state in zip(model.parameters(), optimizer.state.values(), strict=True):
+        assert p.dtype == state["momentum_buffer"].dtype == torch.float32
 
 
 def test_memory_layout_does_not_matter() -> None:

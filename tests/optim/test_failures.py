@@ -1,0 +1,426 @@
+"""Misuse is named with its remedy; numbers that are not finite never reach what is remembered."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kfac2 import KFAC, TwoLevelKFAC
+from kfac2.nn import ReplicatedLinear
+from tests.optim.loop import (
+    BATCH,
+    CLASSES,
+    FACTORS,
+    INPUTS,
+    INVERSES,
+    REPLICAS,
+    batch,
+    build,
+    each_inverse,
+    each_optimizer,
+    network,
+    replicated,
+    same,
+    seeds,
+    train,
+    train_replicas,
+    values,
+)
+
+HEALTHY = [0, 2]
+
+
+def step_with_labels(model: nn.Module, optimizer: KFAC, step: int, labels: Tensor | None) -> None:
+    """The curvature's labels are given, so that only the curvature is spoiled where they are NaN."""
+    x, _ = batch(step)
+    optimizer.zero_grad()
+    output = model(x)
+    optimizer.update_curvature(output, labels=labels)
+    output.square().mean().backward()
+    optimizer.step()
+
+
+def layers_of(optimizer: KFAC) -> Any:
+    return copy.deepcopy(optimizer.state_dict()["preconditioner"]["layers"])
+
+
+def nan_labels() -> Tensor:
+    return torch.full((BATCH, CLASSES), torch.nan, dtype=torch.float64)
+
+
+# -- wrappers ---------------------------------------------------------------------------------------
+
+
+class DistributedDataParallel(nn.Module):
+    """Has the name and the shape of torch's, which needs a process group."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+@each_optimizer
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (nn.DataParallel, "DataParallel is not supported.*plain module"),
+        (DistributedDataParallel, "DistributedDataParallel is not supported.*plain module"),
+        (lambda model: torch.compile(model, backend="eager"), "torch.compile.*train the uncompiled model"),
+        (compiled_in_place, "torch.compile.*train the uncompiled model"),
+    ],
+    ids=["DataParallel", "DistributedDataParallel", "compile", "compile-in-place"],
+)
+def test_wrapped_models_are_refused(
+    kind: type[KFAC], wrap: Callable[[nn.Module], nn.Module], message: str, nested: bool
+) -> None:
+    wrapped = wrap(network())
+    with pytest.raises(ValueError, match=message):
+        kind(nn.Sequential(wrapped, nn.Tanh()) if nested else wrapped)
+
+
+def test_replicated_layers_must_agree() -> None:
+    with pytest.raises(ValueError, match=r"one number of replicas, got \[2, 3\]"):
+        KFAC(nn.Sequential(ReplicatedLinear(2, 4, 4), ReplicatedLinear(3, 4, 4)))
+    with pytest.raises(ValueError, match="mix plain and replicated"):
+        KFAC(nn.Sequential(ReplicatedLinear(1, 4, 4), nn.Linear(4, 4)))
+
+
+# -- update_curvature -------------------------------------------------------------------------------
+
+
+@each_optimizer
+@pytest.mark.parametrize("step", [0, FACTORS])
+def test_forgetting_update_curvature(kind: type[KFAC], step: int) -> None:
+    model = network()
+    optimizer = build(kind, model)
+    train(model, optimizer, step)
+    x, y = batch(step)
+    F.cross_entropy(model(x), y).backward()
+    before = values(model)
+    with pytest.raises(RuntimeError, match=rf"iteration {step + 1} .*optimizer.update_curvature\(output\)"):
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_update_curvature_may_be_left_out_where_nothing_is_due() -> None:
+    model = network()
+    optimizer = build(KFAC, model)
+    train(model, optimizer, 1)
+    F.cross_entropy(model(batch(1)[0]), batch(1)[1]).backward()
+    optimizer.step()
+
+
+def earlier(model: nn.Module, x: Tensor) -> Tensor:
+    output = model(x)
+    model(x)
+    return output
+
+
+def before_an_evaluation(model: nn.Module, x: Tensor) -> Tensor:
+    output = model(x)
+    with torch.no_grad():
+        model(x)
+    return output
+
+
+FOREIGN_OUTPUTS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
+    "another model's": (lambda model, x: network()(x), "model's latest forward pass"),
+    "an earlier forward's": (earlier, "latest forward pass"),
+    "before an evaluation": (before_an_evaluation, "latest forward pass"),
+    "around the model": (lambda model, x: model.forward(x), "called through the model"),
+    "no model's": (lambda model, x: x.requires_grad_()[:, :CLASSES], "model's latest forward pass"),
+    "under no_grad": (lambda model, x: torch.no_grad()(model)(x), "with grad enabled"),
+    "detached": (lambda model, x: model(x).detach(), "with grad enabled"),
+}
+
+
+@each_optimizer
+@pytest.mark.parametrize("case", FOREIGN_OUTPUTS)
+def test_an_output_that_is_not_the_latest_forwards(kind: type[KFAC], case: str) -> None:
+    model = network()
+    optimizer = build(kind, model)
+    make, message = FOREIGN_OUTPUTS[case]
+    output = make(model, batch(0)[0])
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.update_curvature(output)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "shape", "expected"),
+    [
+        ("categorical", (BATCH, CLASSES), rf"\({BATCH},\)"),
+        ("categorical", (BATCH - 1,), rf"\({BATCH},\)"),
+        ("categorical", (BATCH, 1), rf"\({BATCH},\)"),
+        ("bernoulli", (BATCH,), rf"\({BATCH}, {CLASSES}\)"),
+        ("gaussian", (1, CLASSES), rf"\({BATCH}, {CLASSES}\)"),
+    ],
+)
+def test_labels_of_a_wrong_shape(likelihood: str, shape: tuple[int, ...], expected: str) -> None:
+    model = network()
+    optimizer = build(TwoLevelKFAC, model, likelihood=likelihood)
+    output = model(batch(0)[0])
+    with pytest.raises(ValueError, match=rf"labels have shape .*{expected}"):
+        optimizer.update_curvature(output, labels=torch.zeros(shape, dtype=torch.int64))
+
+
+def test_a_refused_call_leaves_no_trace() -> None:
+    model, twin = network(), network()
+    optimizer = build(TwoLevelKFAC, model)
+    with pytest.raises(ValueError, match="labels"):
+        optimizer.update_curvature(model(batch(0)[0]), labels=torch.zeros(1))
+    model.load_state_dict(network().state_dict())  # the batch norm has seen one batch more
+    train(model, optimizer, 3)
+    train(twin, build(TwoLevelKFAC, twin), 3)
+    assert same(model, twin)
+
+
+def test_outputs_of_a_wrong_shape() -> None:
+    single = nn.Sequential(nn.Linear(INPUTS, 1), nn.Flatten(0)).double()
+    with pytest.raises(ValueError, match="categorical.*class axis.*bernoulli"):
+        build(KFAC, single).update_curvature(single(batch(0)[0]))
+    model = replicated()
+    output = model(torch.randn(REPLICAS, INPUTS, BATCH).double()).mT
+    with pytest.raises(ValueError, match=rf"expected \({REPLICAS}, batch"):
+        build(KFAC, model).update_curvature(output[0])
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_single_outputs_without_an_output_axis(likelihood: str) -> None:
+    flat = nn.Sequential(nn.Linear(INPUTS, 1), nn.Flatten(0)).double()
+    column = nn.Sequential(nn.Linear(INPUTS, 1)).double()
+    column.load_state_dict(flat.state_dict())
+    for model in (flat, column):
+        optimizer = build(TwoLevelKFAC, model, likelihood=likelihood)
+        for step in range(3):
+            step_with_labels(model, optimizer, step, labels=None)
+    assert torch.equal(flat[0].weight, column[0].weight)
+
+
+def test_a_layer_on_sequences_is_named_with_the_remedy() -> None:
+    def model() -> nn.Module:
+        layers = nn.Linear(INPUTS, 4), nn.Tanh(), nn.Flatten(), nn.Linear(8, CLASSES)
+        return nn.Sequential(nn.Unflatten(1, (2, INPUTS)), *layers).double()
+
+    x = torch.randn(BATCH, 2 * INPUTS).double()
+    sequences = model()
+    with pytest.raises(ValueError, match=r"'1' got an input of shape \(8, 2, 4\).*exclude=\['1'\]"):
+        build(KFAC, sequences).update_curvature(sequences(x))
+    allowed = model()
+    build(KFAC, allowed, exclude=["1"]).update_curvature(allowed(x))
+
+
+def test_a_layer_on_another_number_of_samples_is_named_with_the_remedy() -> None:
+    layers = nn.Linear(INPUTS, 4), nn.Unflatten(0, (BATCH // 2, 2)), nn.Flatten(), nn.Linear(8, CLASSES)
+    model = nn.Sequential(*layers).double()
+    with pytest.raises(ValueError, match=r"'0' saw 8 samples, the output has 4.*exclude=\['0'\]"):
+        build(KFAC, model).update_curvature(model(batch(0)[0]))
+
+
+# -- one replica that is not finite -----------------------------------------------------------------
+
+
+@each_optimizer
+@each_inverse
+@pytest.mark.parametrize("what", ["inputs", "weights"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("since", [0, FACTORS, INVERSES])
+def test_a_bad_replica_never_touches_the_others(
+    kind: type[KFAC], inverse: str, what: str, bad: float, since: int
+) -> None:
+    model, healthy = replicated(), replicated()
+    optimizer = build(kind, model, inverse=inverse, generator=seeds())
+
+    def spoil(step: int, x: Tensor) -> Tensor:
+        if step == since and what == "weights":
+            with torch.no_grad():
+                next(model.parameters())[1] = bad
+        if step >= since and what == "inputs":
+            x[1] = bad
+        return x
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train_replicas(model, optimizer, 2 * INVERSES + 1, spoil=spoil)
+    train_replicas(healthy, build(kind, healthy, inverse=inverse, generator=seeds()), 2 * INVERSES + 1)
+    for p, q in zip(model.parameters(), healthy.parameters(), strict=True):
+        assert torch.equal(p[HEALTHY], q[HEALTHY])
+    assert [issubclass(w.category, RuntimeWarning) for w in caught] == [True]
+    assert "not finite" in str(caught[0].message)
+    assert optimizer.rejected_samples > 0
+    assert optimizer.diverged.tolist() == [False, since == 0, False]
+    for state in layers_of(optimizer).values():
+        assert state["a"].isfinite().all()
+        assert state["g"].isfinite().all()
+
+
+def test_rejected_samples_are_counted_by_layer_and_replica() -> None:
+    def spoil(step: int, x: Tensor) -> Tensor:
+        return x.index_fill(0, torch.tensor(1), torch.nan)
+
+    for kind, per_refresh in ((KFAC, 2), (TwoLevelKFAC, 3)):  # two layers, and the coarse space
+        model = replicated()
+        optimizer = build(kind, model, generator=seeds())
+        with pytest.warns(RuntimeWarning):
+            train_replicas(model, optimizer, 2 * FACTORS, spoil=spoil)
+        assert optimizer.rejected_samples == 2 * per_refresh
+
+
+# -- one refresh that is not finite -----------------------------------------------------------------
+
+
+@each_optimizer
+@each_inverse
+def test_a_bad_refresh_leaves_factors_and_inverses(kind: type[KFAC], inverse: str) -> None:
+    model = network()
+    optimizer = build(kind, model, inverse=inverse, likelihood="gaussian")
+    for step in range(INVERSES):
+        step_with_labels(model, optimizer, step, labels=None)
+    before, coarse = layers_of(optimizer), copy.deepcopy(optimizer.state_dict()["preconditioner"]["coarse"])
+    with pytest.warns(RuntimeWarning, match=f"iteration {INVERSES + 1}.*not finite"):
+        step_with_labels(model, optimizer, INVERSES, labels=nan_labels())
+    for name, state in layers_of(optimizer).items():
+        for key in ("a", "g", "seen"):
+            assert torch.equal(state[key], before[name][key])
+    if coarse is not None:
+        assert torch.equal(optimizer.state_dict()["preconditioner"]["coarse"]["grams"], coarse["grams"])
+    assert optimizer.rejected_samples == 3 + (kind is TwoLevelKFAC)
+    assert optimizer.failed_inverses == 0
+    assert all(p.isfinite().all() for p in model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step_with_labels(model, optimizer, INVERSES + 1, labels=None)
+        step_with_labels(model, optimizer, INVERSES + 2, labels=nan_labels())
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@each_optimizer
+@each_inverse
+def test_a_bad_first_refresh_is_an_error_and_the_next_batch_heals(kind: type[KFAC], inverse: str) -> None:
+    model, twin = network(), network()
+    optimizer = build(kind, model, inverse=inverse, likelihood="gaussian")
+    before = values(model)
+    with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="no finite curvature.*0, 3, 5"):
+        step_with_labels(model, optimizer, 0, labels=nan_labels())
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    model.load_state_dict(network().state_dict())  # the batch norm has seen one batch more
+    other = build(kind, twin, inverse=inverse, likelihood="gaussian")
+    for one, its_optimizer in ((model, optimizer), (twin, other)):
+        for step in range(INVERSES + 1):
+            step_with_labels(one, its_optimizer, step, labels=None)
+    assert same(model, twin)
+
+
+@each_optimizer
+def test_a_failed_eigendecomposition_keeps_the_inverse(
+    kind: type[KFAC], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, eigh = network(), torch.linalg.eigh
+    optimizer = build(kind, model)
+    train(model, optimizer, INVERSES)
+    before = layers_of(optimizer)
+
+    def fails_on_four_by_four(x: Tensor) -> Any:
+        if x.shape[-1] == 4:
+            raise torch.linalg.LinAlgError("did not converge")
+        return eigh(x)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_on_four_by_four)
+    with pytest.warns(RuntimeWarning, match="2 inverses could not be computed"):
+        train(model, optimizer, 1, first=INVERSES)
+    after = layers_of(optimizer)
+    kept = {
+        name: torch.equal(after[name]["eigenvectors_a"], before[name]["eigenvectors_a"]) for name in after
+    }
+    assert kept == {"0": True, "3": True, "5": False}  # the output layer's G is 3 by 3
+    assert optimizer.failed_inverses == 2
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_failed_first_eigendecomposition_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(x: Tensor) -> None:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    model = network()
+    with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="no earlier inverse"):
+        train(model, build(KFAC, model), 1)
+
+
+# -- degenerate curvature ---------------------------------------------------------------------------
+
+
+@each_optimizer
+@each_inverse
+@pytest.mark.parametrize("zero", ["inputs", "gradients"])
+def test_zero_factors_give_finite_steps(kind: type[KFAC], inverse: str, zero: str) -> None:
+    model = nn.Sequential(nn.Linear(INPUTS, CLASSES, bias=False)).double()
+    optimizer = build(kind, model, inverse=inverse, likelihood="gaussian")
+    x = batch(0)[0] * (zero != "inputs")
+    output = model(x)
+    optimizer.update_curvature(output, labels=output.detach() if zero == "gradients" else None)
+    output.square().mean().backward()
+    before = model[0].weight.detach().clone()
+    optimizer.step()
+    assert model[0].weight.isfinite().all()
+    assert zero == "inputs" or not torch.equal(model[0].weight, before)
+
+
+@each_optimizer
+@each_inverse
+def test_without_damping_a_regular_block_trains(kind: type[KFAC], inverse: str) -> None:
+    model = nn.Sequential(nn.Linear(INPUTS, CLASSES, bias=False)).double()
+    optimizer = build(kind, model, inverse=inverse, likelihood="gaussian", damping=0.0)
+    for step in range(3):
+        step_with_labels(model, optimizer, step, labels=None)
+    assert model[0].weight.isfinite().all()
+
+
+@each_optimizer
+@each_inverse
+def test_without_damping_a_singular_block_is_an_error(kind: type[KFAC], inverse: str) -> None:
+    model = nn.Sequential(nn.Linear(INPUTS, CLASSES, bias=False)).double()
+    optimizer = build(kind, model, inverse=inverse, likelihood="gaussian", damping=0.0)
+    output = model(torch.zeros(BATCH, INPUTS).double())
+    optimizer.update_curvature(output)
+    output.sum().backward()
+    with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="layers 0.*raise damping"):
+        optimizer.step()
+
+
+@each_optimizer
+@each_inverse
+def test_without_damping_one_singular_replica_leaves_the_others(kind: type[KFAC], inverse: str) -> None:
+    def spoil(step: int, x: Tensor) -> Tensor:
+        return x.index_fill(0, torch.tensor(1), 0.0)
+
+    def model() -> nn.Module:
+        layer = ReplicatedLinear(REPLICAS, INPUTS, CLASSES, generators=seeds())
+        return nn.Sequential(layer).double()
+
+    singular, healthy = model(), model()
+    options: dict[str, Any] = {"inverse": inverse, "damping": 0.0, "likelihood": "gaussian"}
+    with pytest.warns(RuntimeWarning):
+        train_replicas(singular, build(kind, singular, **options, generator=seeds()), 3, spoil=spoil)
+    train_replicas(healthy, build(kind, healthy, **options, generator=seeds()), 3)
+    assert torch.equal(singular[0].weight[HEALTHY], healthy[0].weight[HEALTHY])  # pyright: ignore
+
+
+@each_optimizer
+def test_a_step_without_gradients_changes_nothing(kind: type[KFAC]) -> None:
+    model = network()
+    optimizer = build(kind, model)
+    before = values(model)
+    optimizer.update_curvature(model(batch(0)[0]))
+    optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
