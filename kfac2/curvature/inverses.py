@@ -94,6 +94,9 @@ def _eigh_one_by_one(x: Tensor) -> tuple[Tensor, Tensor]:
 def spd_inverse_or_nan(x: Tensor, shift: Tensor) -> Tensor:
     """``(x + shift I)^{-1}`` by Cholesky; NaN where the matrix is not positive definite."""
     identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    factor, info = torch.linalg.cholesky_ex(x + shift * identity)
-    inverse = torch.cholesky_inverse(factor)
-    return inverse.masked_fill(matrices(info != 0), torch.nan)
+    shifted = x + shift * identity
+    factor, info = torch.linalg.cholesky_ex(shifted)
+    bad = matrices((info != 0) | ~finite_matrices(shifted))
+    # cholesky_inverse raises for the whole batch on a singular factor.
+    inverse = torch.cholesky_inverse(torch.where(bad, identity, factor))
+    return inverse.masked_fill(bad, torch.nan)

@@ -150,7 +150,7 @@ class KFAC(torch.optim.SGD):
             with torch.enable_grad():
                 loss = closure()
         options, preconditioner = shared_options(self.param_groups), self.preconditioner
-        if preconditioner.iteration % options.factor_interval == 0:
+        if self._refresh_is_due():
             preconditioner.refresh_factors()
             self._capture.clear()
         if preconditioner.iteration % options.inverse_interval == 0:
@@ -189,32 +189,42 @@ class KFAC(torch.optim.SGD):
         return self.preconditioner.coarse
 
     def _refresh_is_due(self) -> bool:
-        return self.preconditioner.iteration % self.param_groups[0]["factor_interval"] == 0
+        interval = shared_options(self.param_groups).factor_interval
+        return self.preconditioner.iteration % interval == 0 and self.preconditioner.has_trainable_layer()
 
     def _update_parameters(self, preconditioned: dict[int, Tensor]) -> None:
         """SGD's own update (weight decay, heavy ball), with the preconditioned gradients by ``id``."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            grads: list[Tensor] = [preconditioned.get(id(p), p.grad) for p in params]  # pyright: ignore
-            buffers = [self.state[p].get("momentum_buffer") for p in params]
-            is_first = any(buffer is None for buffer in buffers)
-            sgd(
-                params,
-                grads,
-                buffers,
-                has_sparse_grad=False,
-                foreach=group["foreach"],
-                fused=(self._contiguous and all(g.is_contiguous() for g in grads)) or None,
-                weight_decay=group["weight_decay"],
-                momentum=group["momentum"],
-                lr=group["lr"],
-                dampening=group["dampening"],
-                nesterov=group["nesterov"],
-                maximize=group["maximize"],
-            )
-            if is_first and group["momentum"] != 0:
-                for p, buffer in zip(params, buffers, strict=True):
-                    self.state[p]["momentum_buffer"] = buffer
+            started = [p for p in params if "momentum_buffer" in self.state[p]]
+            if 0 < len(started) < len(params):  # torch's fused update wants all buffers or none
+                known = set(started)
+                self._sgd(group, started, preconditioned)
+                self._sgd(group, [p for p in params if p not in known], preconditioned)
+            else:
+                self._sgd(group, params, preconditioned)
+
+    def _sgd(self, group: dict[str, Any], params: list[nn.Parameter], updates: dict[int, Tensor]) -> None:
+        grads: list[Tensor] = [updates.get(id(p), p.grad) for p in params]  # pyright: ignore
+        buffers = [self.state[p].get("momentum_buffer") for p in params]
+        is_first = bool(buffers) and buffers[0] is None
+        sgd(
+            params,
+            grads,
+            buffers,
+            has_sparse_grad=False,
+            foreach=group["foreach"],
+            fused=(self._contiguous and all(g.is_contiguous() for g in grads)) or None,
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )
+        if is_first and group["momentum"] != 0:
+            for p, buffer in zip(params, buffers, strict=True):
+                self.state[p]["momentum_buffer"] = buffer
 
     # -- state --------------------------------------------------------------------------------------
 
@@ -244,8 +254,9 @@ class KFAC(torch.optim.SGD):
         """
         if "preconditioner" not in state_dict:
             raise ValueError("the state dict has no 'preconditioner' entry: it is not a K-FAC optimizer's")
-        self.preconditioner.load_state_dict(state_dict["preconditioner"])
+        self.preconditioner.check_state_dict(state_dict["preconditioner"])
         super().load_state_dict(state_dict)
+        self.preconditioner.load_state_dict(state_dict["preconditioner"])
         self._capture.clear()
         try:
             for generator, saved in zip(

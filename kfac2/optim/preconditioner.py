@@ -45,6 +45,9 @@ class Preconditioner:
         self._warned = False
         self.discard_sample()
 
+    def has_trainable_layer(self) -> bool:
+        return any(layer.weight.requires_grad for layer in self.layers)
+
     # -- curvature ----------------------------------------------------------------------------------
 
     def discard_sample(self) -> None:
@@ -95,19 +98,22 @@ class Preconditioner:
             RuntimeError: there is no predecessor. In a replicated model the replica is marked diverged
                 instead, and its update becomes NaN.
         """
+        if not any(stack.blocks.attempted.any() for stack in self.stacks):
+            return
         failed = [stack.blocks.refresh_inverse(damping) for stack in self.stacks]
         missing = [stack.blocks.missing_inverse().any(0) for stack in self.stacks]
         if self.coarse is not None:
             failed.append(self.coarse.refresh(damping))
             missing.append(~self.coarse.has_inverse())
         self.failed_inverses += self._count(failed, "inverses could not be computed")
-        self.diverged |= torch.stack(missing).any(0).cpu()
-        if self.diverged.any() and not self.replicated:
+        diverged = torch.stack(missing).any(0).cpu()
+        if diverged.any() and not self.replicated:
             raise RuntimeError(
                 f"iteration {self.iteration + 1}: no finite curvature and no earlier inverse for "
                 f"{self._layers_without_inverse()}. Lower lr, raise damping, or check the data for "
                 "non-finite values"
             )
+        self.diverged |= diverged
         for stack in self.stacks:
             for position, index in enumerate(stack.index.tolist()):
                 self.ready[index] = bool(stack.blocks.attempted[position])
@@ -177,7 +183,7 @@ class Preconditioner:
             "failed_inverses": self.failed_inverses,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ``ValueError`` where the state is another model's or another kind of optimizer's."""
         names, saved = {layer.name for layer in self.layers}, set(state["layers"])
         if names != saved:
@@ -185,6 +191,14 @@ class Preconditioner:
             raise ValueError(f"the state was saved with other layers; they differ in: {differing}")
         if (self.coarse is None) != (state["coarse"] is None):
             raise ValueError("one of the state and the optimizer has a coarse space, the other has none")
+        if self.coarse is not None:
+            self.coarse.check_state_dict(state["coarse"])
+        for stack in self.stacks:
+            for layer in stack.layers:
+                stack.blocks.check_state(layer.name, state["layers"][layer.name])
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a checked state."""
         if self.coarse is not None:
             self.coarse.load_state_dict(state["coarse"])
         for stack in self.stacks:

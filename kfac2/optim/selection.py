@@ -112,7 +112,7 @@ def _exclusion(model: nn.Module, exclude: Exclude) -> Callable[[str, nn.Module],
     if unknown:
         layers = [name for name, module in known.items() if type(module) in ADAPTERS]
         raise ValueError(f"exclude names {unknown}, but the model's layers are: {', '.join(layers)}")
-    return lambda name, module: name in names
+    return lambda name, module: any(name == e or name.startswith(f"{e}.") for e in names)
 
 
 def _check(layers: Sequence[LinearLayer], coverage: Sequence[Coverage]) -> None:

@@ -105,6 +105,6 @@ def test_a_held_state_stays_as_it_was() -> None:
 
 def test_foreign_states_are_refused() -> None:
     with pytest.raises(ValueError, match="another `inverse`"):
-        blocks("eigen").load([blocks("tikhonov").state(layer) for layer in range(LAYERS)])
+        blocks("eigen").check_state("0", blocks("tikhonov").state(0))
     with pytest.raises(ValueError, match="shape"):
-        blocks().load([blocks(d_in=D_IN + 1).state(layer) for layer in range(LAYERS)])
+        blocks().check_state("0", blocks(d_in=D_IN + 1).state(0))

@@ -113,7 +113,7 @@ def test_eigh_failure_is_handled_per_matrix(monkeypatch: pytest.MonkeyPatch) -> 
     def failing(matrices: Tensor) -> tuple[Tensor, Tensor]:
         calls.append(matrices.shape)
         if any(torch.equal(matrix, poison) for matrix in matrices.reshape(-1, 4, 4)):
-            raise torch.linalg.LinAlgError("did not converge")
+            raise torch.linalg.LinAlgError("did not converge")  # pyright: ignore[reportPrivateImportUsage]
         return eigh(matrices)
 
     monkeypatch.setattr(torch.linalg, "eigh", failing)

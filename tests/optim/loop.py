@@ -35,6 +35,18 @@ def replicated(replicas: int = REPLICAS) -> nn.Sequential:
     ).double()
 
 
+def layer_of(model: nn.Module, index: int) -> nn.Linear:
+    """Typed access to a linear layer of a ``nn.Sequential``."""
+    layer = model.get_submodule(str(index))
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def grad(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
+
+
 def seeds(replicas: int = REPLICAS) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(100 + r) for r in range(replicas)]
 

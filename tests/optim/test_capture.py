@@ -24,6 +24,8 @@ from tests.optim.loop import (
     batch,
     build,
     each_optimizer,
+    grad,
+    layer_of,
     network,
     same,
     train,
@@ -35,21 +37,20 @@ LINEAR = (0, 3, 5)
 
 
 class Fixed(nn.Module):
-    """A linear map that is no layer: buffers and F.linear."""
+    """A linear map without parameters."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        self.register_buffer("w", layer.weight.detach().clone())
-        self.register_buffer("b", layer.bias.detach().clone())
+        self.w, self.b = layer.weight.detach().clone(), layer.bias.detach().clone()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.w, self.b)  # pyright: ignore[reportArgumentType]
+        return F.linear(x, self.w, self.b)
 
 
 class Shift(nn.Module):
     def __init__(self, shift: Tensor) -> None:
         super().__init__()
-        self.register_buffer("shift", shift.detach().clone())
+        self.shift = shift.detach().clone()
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.shift
@@ -117,8 +118,10 @@ def test_batch_norm_frozen_in_evaluation_mode(kind: type[KFAC]) -> None:
     class Affine(nn.Module):
         def __init__(self, norm: nn.BatchNorm1d) -> None:
             super().__init__()
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
             self.weight, self.bias = norm.weight, norm.bias
-            self.mean, self.std = norm.running_mean, (norm.running_var + norm.eps).sqrt()  # pyright: ignore
+            self.mean, self.std = norm.running_mean, (norm.running_var + norm.eps).sqrt()
 
         def forward(self, x: Tensor) -> Tensor:
             return (x - self.mean) / self.std * self.weight + self.bias
@@ -126,11 +129,14 @@ def test_batch_norm_frozen_in_evaluation_mode(kind: type[KFAC]) -> None:
     frozen, affine = network(), network()
     for model in (frozen, affine):
         model(3 * batch(9)[0] + 1)
-    running = frozen[1].running_var.clone()
-    frozen[1].eval()
-    affine[1] = Affine(affine[1])
+    norm, its_twin = frozen[1], affine[1]
+    assert isinstance(norm, nn.BatchNorm1d)
+    assert isinstance(its_twin, nn.BatchNorm1d)
+    running = copy.deepcopy(norm.eval().state_dict())
+    affine[1] = Affine(its_twin)
     assert_close(trained(kind, frozen), trained(kind, affine))
-    assert torch.equal(frozen[1].running_var, running)
+    for key in ("running_mean", "running_var"):
+        assert torch.equal(norm.state_dict()[key], running[key])
 
 
 def test_checkpointed_layers() -> None:
@@ -173,11 +179,11 @@ def test_a_model_that_is_one_layer() -> None:
 def test_a_frozen_layer_is_a_fixed_map(kind: type[KFAC], index: int) -> None:
     frozen, fixed = network(), network()
     frozen[index].requires_grad_(False)
-    before = frozen[index].weight.clone()
-    fixed[index] = Fixed(fixed[index])
+    before = layer_of(frozen, index).weight.clone()
+    fixed[index] = Fixed(layer_of(fixed, index))
     trained(kind, frozen)
     trained(kind, fixed)
-    assert torch.equal(frozen[index].weight, before)
+    assert torch.equal(layer_of(frozen, index).weight, before)
     trainable = nn.ParameterList(p for p in frozen.parameters() if p.requires_grad)
     assert_close(trainable, nn.ParameterList(fixed.parameters()))
 
@@ -186,9 +192,9 @@ def test_a_frozen_layer_is_a_fixed_map(kind: type[KFAC], index: int) -> None:
 @pytest.mark.parametrize("index", LINEAR)
 def test_a_frozen_bias_is_a_fixed_shift(kind: type[KFAC], index: int) -> None:
     frozen, fixed = network(), network()
-    frozen[index].bias.requires_grad_(False)
-    layer = fixed[index]
-    shift, layer.bias = Shift(layer.bias), None
+    layer_of(frozen, index).bias.requires_grad_(False)
+    layer = layer_of(fixed, index)
+    shift, layer.bias = Shift(layer.bias), None  # pyright: ignore[reportAttributeAccessIssue]
     fixed = nn.Sequential(*fixed[: index + 1], shift, *fixed[index + 1 :])
     trained(kind, frozen)
     trained(kind, fixed)
@@ -218,7 +224,7 @@ def test_with_every_layer_frozen_the_rest_takes_plain_steps(kind: type[KFAC]) ->
 def test_a_layer_unfrozen_later(kind: type[KFAC], bias: bool, frozen_when_built: bool) -> None:
     """It takes plain steps until the inverses have been refreshed with it, from its first observation on."""
     model = network(bias=bias)
-    layer = model[3]
+    layer = layer_of(model, 3)
     layer.requires_grad_(not frozen_when_built)
     optimizer = build(kind, model, momentum=0.9, weight_decay=1e-3, kl_clip=None)
     layer.requires_grad_(False)
@@ -232,7 +238,7 @@ def test_a_layer_unfrozen_later(kind: type[KFAC], bias: bool, frozen_when_built:
     for step in range(1, INVERSES):
         before = layer.weight.detach().clone()
         train(model, optimizer, 1, first=step)
-        buffer = 0.9 * buffer + layer.weight.grad + 1e-3 * before
+        buffer = 0.9 * buffer + grad(layer.weight) + 1e-3 * before
         torch.testing.assert_close(layer.weight.detach(), before - 0.05 * buffer)
     handle.remove()
     a = optimizer.state_dict()["preconditioner"]["layers"]["3"]["a"][
@@ -243,7 +249,7 @@ def test_a_layer_unfrozen_later(kind: type[KFAC], bias: bool, frozen_when_built:
 
     before = layer.weight.detach().clone()
     train(model, optimizer, 1, first=INVERSES)
-    plain = before - 0.05 * (0.9 * buffer + layer.weight.grad + 1e-3 * before)
+    plain = before - 0.05 * (0.9 * buffer + grad(layer.weight) + 1e-3 * before)
     assert not torch.allclose(layer.weight, plain, rtol=1e-3)
     assert layer.weight.isfinite().all()
 
@@ -297,9 +303,10 @@ def test_tied_weights_take_plain_steps(kind: type[KFAC]) -> None:
     model.double()
     optimizer = build(kind, model, momentum=0.0, weight_decay=0.0, kl_clip=None)
     assert "0.weight: plain (shared with another module)" in repr(optimizer)
-    before = model[0].weight.detach().clone()
+    weight = layer_of(model, 0).weight
+    before = weight.detach().clone()
     train(model, optimizer, 1)
-    torch.testing.assert_close(model[0].weight, before - 0.05 * model[0].weight.grad)  # pyright: ignore
+    torch.testing.assert_close(weight.detach(), before - 0.05 * grad(weight))
     assert [line.parameter for line in optimizer.coverage if line.preconditioned] == ["4.weight", "4.bias"]
 
 
@@ -439,9 +446,9 @@ def test_two_optimizers_share_a_model() -> None:
     F.cross_entropy(output, y).backward()
     before = values(model)
     body.step()
-    assert torch.equal(model[5].weight, before[-2])
+    assert torch.equal(layer_of(model, 5).weight, before[-2])
     head.step()
-    assert not torch.equal(model[5].weight, before[-2])
+    assert not torch.equal(layer_of(model, 5).weight, before[-2])
     train(body_only, other, 1)
     assert same(nn.Sequential(*model[:1], *model[2:5]), nn.Sequential(*body_only[:1], *body_only[2:5]))
 
