@@ -204,7 +204,7 @@ class KFAC(torch.optim.SGD):
             else:
                 self._sgd(group, params, preconditioned)
 
-    def _sgd(self, group: dict[str, Any], params: list[nn.Parameter], updates: dict[int, Tensor]) -> None:
+    def _sgd(self, group: dict[str, Any], params: list[Tensor], updates: dict[int, Tensor]) -> None:
         grads: list[Tensor] = [updates.get(id(p), p.grad) for p in params]  # pyright: ignore
         buffers = [self.state[p].get("momentum_buffer") for p in params]
         is_first = bool(buffers) and buffers[0] is None

@@ -13,12 +13,22 @@ class Problem(Protocol):
     Per-seed tensors have shape ``(R,)``, R the number of seeds.
     """
 
-    seeds: list[int]
-    model: nn.Module
-    likelihood: str
-    label_generators: list[torch.Generator]
-    """For the Fisher's label draws: one per seed, apart from the order of the batches, so that all
-    optimizers see the same batches."""
+    @property
+    def seeds(self) -> list[int]: ...
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def likelihood(self) -> str:
+        """As the optimizers name it."""
+        ...
+
+    @property
+    def label_generators(self) -> list[torch.Generator]:
+        """For the Fisher's label draws: one per seed, apart from the order of the batches, so that all
+        optimizers see the same batches."""
+        ...
 
     def train_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch in a fresh random order; the last batch may be smaller."""

@@ -111,6 +111,17 @@ def test_float64_where_float32_would_fail() -> None:
     torch.testing.assert_close(solution[0, 0].item(), 1 / (1e12 + 1e-3))
 
 
+@each_fisher
+def test_sums_of_float32_samples_are_float64(fisher: str) -> None:
+    single, double = space(fisher=fisher), space(fisher=fisher)
+    sums = {i: (torch.randn(REPLICAS, 500), torch.randn(REPLICAS, 500)) for i in range(LAYERS)}
+    single.accumulate(sums)
+    double.accumulate({i: (alpha.double(), gamma.double()) for i, (alpha, gamma) in sums.items()})
+    for coarse in (single, double):
+        coarse.fold(0.0)
+    torch.testing.assert_close(single.matrix(), double.matrix(), rtol=1e-12, atol=1e-12)
+
+
 def test_a_clearly_negative_eigenvalue_gets_a_small_step_and_is_counted() -> None:
     coarse = space(layers=2, replicas=2)
     coarse.seen[:] = True

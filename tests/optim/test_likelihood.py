@@ -38,6 +38,14 @@ def test_categorical_frequencies(dtype: torch.dtype) -> None:
 
 
 @each_type
+def test_many_classes(dtype: torch.dtype) -> None:
+    """The cumulative distribution has steps of 1/300; bfloat16 near 1 has steps of 1/256."""
+    output = repeated([[0.0] * 300, [1.0] * 300], dtype)
+    labels = LIKELIHOODS["categorical"].draw(output, seeds())
+    assert_frequency(F.one_hot(labels, 300).double().mean(1), torch.full((2, 300), 1 / 300).double())
+
+
+@each_type
 def test_bernoulli_frequencies(dtype: torch.dtype) -> None:
     output = repeated([[-3.0, 0.0], [1.0, 40.0]], dtype)
     labels = LIKELIHOODS["bernoulli"].draw(output, seeds())

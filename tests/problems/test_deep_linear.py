@@ -1,6 +1,7 @@
 """The deep linear MLP: planted data, initialisation, and replicas that evolve as they would alone."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from kfac2 import KFAC, TwoLevelKFAC
 from kfac2.optim.first_order import SGD, Adam
 from kfac2.problems import DeepLinearMLP
 
-SMALL = {"depth": 4, "train_samples": 96, "test_samples": 24}
+SMALL: dict[str, Any] = {"depth": 4, "train_samples": 96, "test_samples": 24}
 OPTIMIZERS = {
     "sgd": (SGD, {"momentum": 0.9, "weight_decay": 1e-3}),
     "adam": (Adam, {"weight_decay": 1e-3}),

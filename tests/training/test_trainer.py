@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ from kfac2.training.records import RunDirectory, write_atomically
 from kfac2.training.tracking import NoTracker, WandbTracker
 from kfac2.training.trainer import Training, TrainingSettings
 
-SMALL = {"depth": 3, "train_samples": 100, "test_samples": 30}
+SMALL: dict[str, Any] = {"depth": 3, "train_samples": 100, "test_samples": 30}
 CONFIG = {"problem": {"name": "deep_linear_mlp"}, "optimizer": {"name": "sgd"}, "seeds": [0, 1]}
 COLUMNS = [
     "seed",
@@ -115,7 +116,7 @@ def test_a_diverged_seed_is_recorded_and_the_other_goes_on() -> None:
 
     healthy, broken = training(factory=factory), training(factory=factory)
     with torch.no_grad():
-        broken.problem.model.layers[0].weight[1] = torch.nan
+        broken.problem.model.get_parameter("layers.0.weight")[1] = torch.nan
     with pytest.warns(RuntimeWarning, match="not finite"):
         rows = broken.train_epoch()
     expected = healthy.train_epoch()
@@ -127,9 +128,9 @@ def test_a_diverged_seed_is_recorded_and_the_other_goes_on() -> None:
 @pytest.mark.parametrize(
     "settings", [{"epochs": 0}, {"epochs": 1, "batch_size": 0}, {"epochs": 1, "milestones": [40]}]
 )
-def test_bad_settings_are_refused(settings: dict) -> None:
+def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"training\."):
-        TrainingSettings(**{"batch_size": 32} | settings)
+        TrainingSettings(**cast("dict[str, Any]", {"batch_size": 32} | settings))
 
 
 def test_wandb_receives_one_offline_run_per_seed(tmp_path: Path) -> None:
