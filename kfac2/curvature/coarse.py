@@ -53,6 +53,7 @@ class CoarseSpace:
         if not 0 <= weight < float("inf"):
             raise ValueError(f"coarse_weight must be finite and not negative, got {weight}")
         self.fisher, self.grid, self.resample, self.weight = fisher, grid, resample, weight
+        self._bound = False
         self.indefinite = 0
         """How many refreshed matrices had a clearly negative eigenvalue."""
 
@@ -62,6 +63,9 @@ class CoarseSpace:
         The Grams and the inverse are float64: the coarse Fisher's eigenvalues span more than ten
         decades, and its float32 inverse breaks training.
         """
+        if self._bound:
+            raise ValueError("this CoarseSpace belongs to another optimizer already: build one for each")
+        self._bound = True
         grams = 2 if self.fisher == "kronecker" else 1
         shape = (replicas, layers, layers)
         self.grams = torch.zeros(grams, *shape, dtype=torch.float64, device=device)

@@ -84,7 +84,8 @@ class Capture:
         if not reachable:
             raise RuntimeError(
                 "no preconditioned layer was found behind `output`: pass what the model's latest "
-                "forward pass returned, called through the model given to the optimizer, with grad enabled"
+                "forward pass returned, called through the model given to the optimizer, with grad enabled "
+                "and without torch.compile"
             )
 
         def arrive(index: int, gradients: Sequence[Tensor | None]) -> None:

@@ -134,7 +134,11 @@ class KFAC(torch.optim.SGD):
             preconditioner.observe(index, inputs, gradients, samples)
 
         with torch.autocast(output.device.type, enabled=False):
-            self._capture.backpropagate(self._likelihood.negative_log(output, labels), visit)
+            try:
+                self._capture.backpropagate(self._likelihood.negative_log(output, labels), visit)
+            except BaseException:
+                preconditioner.discard_sample()  # half a batch must not count
+                raise
             preconditioner.end_batch()
 
     @torch.no_grad()
@@ -295,6 +299,9 @@ class TwoLevelKFAC(KFAC):
         coarse: CoarseSpace | None = None,
         **options: Any,
     ):
+        options_of_coarse = (coarse_fisher, coarse_grid, resample, coarse_weight)
         if coarse is None:
-            coarse = CoarseSpace(coarse_fisher, coarse_grid, resample, coarse_weight)
+            coarse = CoarseSpace(*options_of_coarse)
+        elif options_of_coarse != ("kronecker", "pairwise", "nearest", 1.0):
+            raise ValueError("give either `coarse` or coarse_fisher, coarse_grid, resample, coarse_weight")
         super().__init__(model, lr, coarse=coarse, **options)

@@ -41,7 +41,7 @@ def _random(sample: Draw, shape: torch.Size, like: Tensor, generators: Sequence[
 def _draw_categorical(output: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     cumulative = _wide(output).softmax(-1).cumsum(-1)
     uniform = _random(torch.rand, output.shape[:-1], output, generators)
-    return (cumulative < uniform[..., None]).sum(-1).clamp(max=output.shape[-1] - 1)
+    return (cumulative <= uniform[..., None]).sum(-1).clamp(max=output.shape[-1] - 1)
 
 
 def _draw_bernoulli(output: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
@@ -78,6 +78,10 @@ def check_output(likelihood: Likelihood, output: Tensor, replicas: int | None) -
         RuntimeError: an output without autograd history.
         ValueError: a shape that does not fit the likelihood or the replicas.
     """
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"output must be one tensor, got {type(output).__name__}: pass the one the loss is of"
+        )
     leading = 1 if replicas is None else 2
     if not output.requires_grad:
         raise RuntimeError("output does not require grad: pass the model's output, made with grad enabled")

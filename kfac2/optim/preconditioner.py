@@ -123,7 +123,7 @@ class Preconditioner:
     def gradients(self) -> tuple[Blocks, list[bool]]:
         """The plain gradients, and which layers take part in this step."""
         active = [
-            ready and layer.weight.grad is not None
+            ready and layer.weight.requires_grad and layer.weight.grad is not None
             for ready, layer in zip(self.ready, self.layers, strict=True)
         ]
         return [stack.gradients(active) for stack in self.stacks], active

@@ -43,9 +43,7 @@ def test_figure1(frame: pd.DataFrame) -> None:
     assert len(axes.lines) == len(axes.collections) == 4
     line = axes.lines[2]
     assert line.get_color() == OPTIMIZERS["kfac"].color
-    losses = frame[frame["optimizer"] == "kfac"].pivot(
-        index="epoch", columns="seed", values="train_loss"
-    )
+    losses = frame[frame["optimizer"] == "kfac"].pivot(index="epoch", columns="seed", values="train_loss")
     assert np.asarray(line.get_xdata()).tolist() == list(range(1, 11))
     geometric_mean = losses.prod(axis=1) ** (1 / 5)
     assert np.asarray(line.get_ydata()) == pytest.approx(geometric_mean.to_numpy())
@@ -86,9 +84,7 @@ def test_diverged_seeds_are_counted_in_every_legend(
             assert np.isfinite(np.asarray(axes.lines[0].get_ydata(), dtype=float)).all()
 
 
-def test_all_seeds_diverged_at_once_still_draws(
-    write_record: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_all_seeds_diverged_at_once_still_draws(write_record: Callable[..., Path], tmp_path: Path) -> None:
     def diverge(curves: pd.DataFrame) -> None:
         curves["train_loss"] = math.nan
 
@@ -100,9 +96,7 @@ def test_all_seeds_diverged_at_once_still_draws(
 
 
 @pytest.mark.filterwarnings("ignore:skipped unfinished")
-def test_the_face_says_what_the_records_are(
-    write_record: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_the_face_says_what_the_records_are(write_record: Callable[..., Path], tmp_path: Path) -> None:
     write_record("sgd", epochs=3, label="preview")
     frame = load_records(tmp_path / "runs", PROBLEM)
     for figure in (figure1([Panel("MLP", frame)]), figure2(Panel("MLP", frame))):
@@ -113,9 +107,7 @@ def test_the_face_says_what_the_records_are(
     assert axes.get_title() == "MLP\nSGD: preview; Adam: incomplete"
 
 
-def test_one_seed_is_a_line_without_a_band(
-    write_record: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_one_seed_is_a_line_without_a_band(write_record: Callable[..., Path], tmp_path: Path) -> None:
     write_record("sgd", epochs=3, seeds=[7])
     figure = figure1([Panel("MLP", load_records(tmp_path / "runs", PROBLEM))])
     (line,) = figure.axes[0].lines
@@ -123,9 +115,7 @@ def test_one_seed_is_a_line_without_a_band(
     save_figure(figure, tmp_path, "single")
 
 
-def test_two_variants_of_one_optimizer_are_refused(
-    write_record: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_two_variants_of_one_optimizer_are_refused(write_record: Callable[..., Path], tmp_path: Path) -> None:
     write_record("sgd", epochs=3)
     write_record("sgd", epochs=3, variant="optimizer.lr=0.1")
     frame = load_records(tmp_path / "runs", PROBLEM, variant=None)

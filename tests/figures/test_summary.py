@@ -67,16 +67,12 @@ def test_end_table_numbers(write_record: Callable[..., Path], tmp_path: Path) ->
     curves = pd.read_csv(path / "curves.csv")
     assert end["epochs"] == 40
     assert end["seconds"] == pytest.approx(0.5 * 40 / 0.25**0.5)
-    assert end["median"] == pytest.approx(
-        statistics.median(curves.query("epoch == 40")["train_loss"])
-    )
+    assert end["median"] == pytest.approx(statistics.median(curves.query("epoch == 40")["train_loss"]))
     assert math.isnan(end["committed"])
 
 
 @pytest.mark.parametrize(("factor", "answer"), [(1.19, "yes"), (1.21, "no"), (0.81, "yes")])
-def test_tolerance(
-    write_all: Callable[..., None], tmp_path: Path, factor: float, answer: str
-) -> None:
+def test_tolerance(write_all: Callable[..., None], tmp_path: Path, factor: float, answer: str) -> None:
     write_all(edit=scale(factor))
     write_all(root="results")
     frame, reference = (load_records(tmp_path / root, PROBLEM) for root in ("runs", "results"))
@@ -135,9 +131,7 @@ def test_without_reference(write_all: Callable[..., None], tmp_path: Path) -> No
     assert set(summary.losses["committed"].isna()) == {True}
 
 
-def test_missing_optimizer_is_not_decided(
-    write_record: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_missing_optimizer_is_not_decided(write_record: Callable[..., Path], tmp_path: Path) -> None:
     write_record("kfac")
     checks = check_rule(load_records(tmp_path / "runs", PROBLEM))
     assert verdict(checks) == "not decided"

@@ -82,7 +82,7 @@ def test_the_public_signature(kind: type[KFAC]) -> None:
         ({"weight_decay": -1.0}, "weight_decay"),
         ({"generator": seeds(2)}, "2 generators for 1 replicas"),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_bad_options_are_refused(kind: type[KFAC], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

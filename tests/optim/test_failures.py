@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac2 import KFAC, TwoLevelKFAC
+from kfac2 import KFAC, CoarseSpace, TwoLevelKFAC
 from kfac2.nn import ReplicatedLinear
 from tests.optim.loop import (
     BATCH,
@@ -427,3 +427,44 @@ def test_a_step_without_gradients_changes_nothing(kind: type[KFAC]) -> None:
     optimizer.update_curvature(model(batch(0)[0]))
     optimizer.step()
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_one_coarse_space_serves_one_optimizer() -> None:
+    coarse = CoarseSpace()
+    TwoLevelKFAC(nn.Linear(3, 2), coarse=coarse)
+    with pytest.raises(ValueError, match="belongs to another optimizer"):
+        TwoLevelKFAC(nn.Linear(3, 2), coarse=coarse)
+
+
+def test_a_coarse_space_and_its_options_are_not_both_given() -> None:
+    with pytest.raises(ValueError, match="either `coarse` or coarse_fisher"):
+        TwoLevelKFAC(nn.Linear(3, 2), coarse=CoarseSpace(), coarse_fisher="exact")
+
+
+@pytest.mark.parametrize("kind", [KFAC, TwoLevelKFAC])
+def test_a_layer_frozen_later_stays_although_its_gradient_is_zeroed(kind: type[KFAC]) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    optimizer = kind(model, 0.1, momentum=0.0, weight_decay=0.0, factor_interval=2, inverse_interval=2)
+    x, y = torch.randn(6, 3), torch.tensor([0, 1, 0, 1, 0, 1])
+    frozen = model[2]
+    assert isinstance(frozen, nn.Linear)
+    for step in range(6):
+        if step == 3:
+            frozen.requires_grad_(False)
+            before = frozen.weight.detach().clone()
+        optimizer.zero_grad(set_to_none=False)
+        output = model(x)
+        optimizer.update_curvature(output)
+        nn.functional.cross_entropy(output, y).backward()
+        optimizer.step()
+    assert torch.equal(frozen.weight, before)
+
+
+def test_a_batch_that_fails_half_way_does_not_count() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    optimizer = KFAC(model)
+    output = model(torch.randn(5, 2, 3)).flatten(0, 1)
+    with pytest.raises(ValueError, match=r"exclude=\['2'\]|exclude=\['0'\]"):
+        optimizer.update_curvature(output)
+    with pytest.raises(RuntimeError, match="call optimizer.update_curvature"):
+        optimizer.step()
