@@ -466,5 +466,5 @@ def test_a_batch_that_fails_half_way_does_not_count() -> None:
     output = model(torch.randn(5, 2, 3)).flatten(0, 1)
     with pytest.raises(ValueError, match=r"exclude=\['2'\]|exclude=\['0'\]"):
         optimizer.update_curvature(output)
-    with pytest.raises(RuntimeError, match="call optimizer.update_curvature"):
+    with pytest.raises(RuntimeError, match=r"call optimizer\.update_curvature"):
         optimizer.step()
