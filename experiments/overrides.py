@@ -61,6 +61,8 @@ def _names(config: DictConfig) -> list[str]:
 def _message(key: str, known: Sequence[str]) -> str:
     parent, _, leaf = key.rpartition(".")
     siblings = [name for name in known if name.rpartition(".")[0] == parent] or list(known)
-    guess = difflib.get_close_matches(key, known, n=1) or [n for n in known if n.endswith(f".{leaf}")][:1]
-    hint = f" Did you mean {guess[0]}?" if guess else ""
+    leaves = {name.rpartition(".")[2]: name for name in siblings}
+    guesses = [leaves[close] for close in difflib.get_close_matches(leaf, leaves, n=1)]
+    guesses += [name for name in known if name.endswith(f".{leaf}")]
+    hint = f" Did you mean {guesses[0]}?" if guesses else ""
     return f"unknown setting {key!r}.{hint} There is: {', '.join(siblings)}"

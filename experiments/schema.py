@@ -87,6 +87,6 @@ class TrainConfig:
 def register() -> None:
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
-    store.store(group="problem", name="deep_linear_mlp_schema", node=DeepLinearMLPConfig)
+    store.store(group="schema/problem", name="deep_linear_mlp", node=DeepLinearMLPConfig)
     for config in (SGDConfig, AdamConfig, KFACConfig, TwoLevelKFACConfig):
-        store.store(group="optimizer", name=f"{config.name}_schema", node=config)
+        store.store(group="schema/optimizer", name=config.name, node=config)

@@ -26,16 +26,15 @@ register()
 
 @hydra.main(config_path=CONFIGS, config_name="train", version_base="1.3")
 def main(config: DictConfig) -> None:
+    check_machine(config.device, config.threads)
     torch.set_num_threads(config.threads)
     directory = RunDirectory(run_path(config), identity(config))
-    if config.rerun:
-        directory.clear()
-    if directory.is_complete():
+    if directory.is_complete() and not config.rerun:
         print(f"{directory.path}: complete, not trained again (rerun=true does)")
         return
     training = build_training(config)
     position = OmegaConf.select(HydraConfig.get(), "job.num", default=0)  # pyright: ignore
-    training.run(directory, instantiate(config.tracking), str(directory.path), position)
+    training.run(directory, instantiate(config.tracking), str(directory.path), position, rerun=config.rerun)
     print(f"{directory.path}: complete")
 
 
@@ -44,6 +43,14 @@ def build_training(config: DictConfig) -> Training:
     problem = instantiate(_arguments(config.problem), seeds=list(config.seeds), device=config.device)
     settings = OmegaConf.to_container(config.training, resolve=True)
     return Training(problem, instantiate(_arguments(config.optimizer)), TrainingSettings(**settings))  # pyright: ignore
+
+
+def check_machine(device: str, threads: int) -> None:
+    """Refuse a device that is not there before anything is built."""
+    if threads < 1:
+        raise ValueError(f"threads must be positive, got {threads}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={device}, but torch finds no GPU here: use device=cpu")
 
 
 def _arguments(node: DictConfig) -> dict[str, Any]:

@@ -46,12 +46,13 @@ class ReplicatedLinear(nn.Module):
 
 
 class ReplicatedBatchNorm(nn.Module):
-    """``torch.nn.BatchNorm1d`` for each replica, on ``(R, features, B)``, inside a ``ReplicatedSequential``.
+    """``torch.nn.BatchNorm1d`` for each replica, on ``(R, features, B)``.
 
     Batch norm of one "image" of B pixels is a group norm with one channel per group, whose CPU kernel
     is vectorised: its forward pass takes a third of ``batch_norm``'s time. Parameters are flat,
-    ``(R · features,)``, as that kernel wants them. In training the batch's mean and reciprocal standard
-    deviation are left in ``batch_statistics``; the container updates the running ones.
+    ``(R · features,)``, as that kernel wants them. Inside a ``ReplicatedSequential`` that updates the
+    running statistics of all its norms, the batch's mean and reciprocal standard deviation are left for it
+    in ``batch_statistics``.
     """
 
     running_mean: Tensor
@@ -66,6 +67,7 @@ class ReplicatedBatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(1, channels))
         self.register_buffer("running_var", torch.ones(1, channels))
         self.batch_statistics: list[Tensor] = []
+        self.container_updates = False
 
     def forward(self, x: Tensor) -> Tensor:
         channels, samples = self.weight.numel(), x.shape[-1]
@@ -77,6 +79,8 @@ class ReplicatedBatchNorm(nn.Module):
             x, self.weight, self.bias, 1, channels, samples, channels, self.eps
         )
         self.batch_statistics[:] = (mean.detach(), rstd.detach())
+        if not self.container_updates:
+            _update_running_statistics([self], samples)
         return normalised
 
     def extra_repr(self) -> str:
@@ -94,33 +98,34 @@ class ReplicatedSequential(nn.Sequential):
 
     def __init__(self, *modules: nn.Module):
         super().__init__(*modules)
-        self._norms = [module for module in modules if isinstance(module, ReplicatedBatchNorm)]
+        self._norms = [module for module in self.modules() if isinstance(module, ReplicatedBatchNorm)]
         if len({(norm.eps, norm.momentum) for norm in self._norms}) > 1:
             raise ValueError("the norms of a ReplicatedSequential must share eps and momentum")
+        for norm in self._norms:
+            norm.container_updates = True
 
     def forward(self, x: Tensor) -> Tensor:
         for module in self:
             x = module(x)
-        self._update_running_statistics(samples=x.shape[-1])
+        norms = [norm for norm in self._norms if norm.batch_statistics]
+        if norms:
+            _update_running_statistics(norms, samples=x.shape[-1])
         return x
 
-    @torch.no_grad()
-    def _update_running_statistics(self, samples: int) -> None:
-        norms = [norm for norm in self._norms if norm.batch_statistics]
-        if not norms:
-            return
-        means, rstds = (
-            torch.cat(x, dim=1) for x in zip(*(norm.batch_statistics for norm in norms), strict=True)
-        )
-        unbiased = (rstds**-2 - norms[0].eps) * (samples / max(samples - 1, 1))
-        channels = [norm.weight.numel() for norm in norms]
-        running_means = torch.cat([norm.running_mean for norm in norms], dim=1)
-        running_vars = torch.cat([norm.running_var for norm in norms], dim=1)
-        running_means.lerp_(means, norms[0].momentum)
-        running_vars.lerp_(unbiased, norms[0].momentum)
-        for norm, mean, var in zip(
-            norms, running_means.split(channels, 1), running_vars.split(channels, 1), strict=True
-        ):
-            # nn.Module's attribute assignment takes 20 µs, twice in each of 64 norms.
-            norm._buffers.update(running_mean=mean, running_var=var)
-            norm.batch_statistics.clear()
+
+@torch.no_grad()
+def _update_running_statistics(norms: list[ReplicatedBatchNorm], samples: int) -> None:
+    """Of all ``norms`` at once; they share eps and momentum."""
+    means, rstds = (torch.cat(x, dim=1) for x in zip(*(norm.batch_statistics for norm in norms), strict=True))
+    unbiased = (rstds**-2 - norms[0].eps) * (samples / max(samples - 1, 1))
+    channels = [norm.weight.numel() for norm in norms]
+    running_means = torch.cat([norm.running_mean for norm in norms], dim=1)
+    running_vars = torch.cat([norm.running_var for norm in norms], dim=1)
+    running_means.lerp_(means, norms[0].momentum)
+    running_vars.lerp_(unbiased, norms[0].momentum)
+    for norm, mean, var in zip(
+        norms, running_means.split(channels, 1), running_vars.split(channels, 1), strict=True
+    ):
+        # nn.Module's attribute assignment takes 20 µs, twice in each of 64 norms.
+        norm._buffers.update(running_mean=mean, running_var=var)
+        norm.batch_statistics.clear()

@@ -31,22 +31,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     arguments = parser.parse_args(argv)
     frame = read_records(arguments, PROBLEM)
-    reference = read_reference(arguments.reference, arguments.records)
+    is_reference = arguments.reference.resolve() == arguments.records.resolve()
+    reference = None if is_reference else read_reference(arguments.reference)
 
     panels = [Panel(TITLE, frame)]
     paths = save_figure(figure1(panels), arguments.output, "figure1")
     paths += save_figure(figure1_seconds(panels), arguments.output, "figure1_seconds")
-    summary = summarize(frame, reference)
+    summary = summarize(frame, reference, is_reference=is_reference)
     table = arguments.output / "figure1.md"
     table.write_text(summary.markdown, encoding="utf-8")
     print(summary.markdown)
     print("wrote", ", ".join(str(path) for path in [*paths, table]))
 
 
-def read_reference(reference: Path, records: Path) -> pd.DataFrame | None:
-    """The committed records; None if there are none, or if they are the drawn ones themselves."""
-    if reference.resolve() == records.resolve():
-        return None
+def read_reference(reference: Path) -> pd.DataFrame | None:
+    """The committed records; None if there are none."""
     try:
         return load_records(reference, PROBLEM)
     except NoRecordsError:

@@ -162,3 +162,18 @@ def test_initialisation_is_he_uniform() -> None:
     assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
     assert not torch.equal(layer.weight[0], layer.weight[1])
     assert not layer.bias.any()  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@pytest.mark.parametrize(
+    "nest", [nn.Sequential, lambda *layers: ReplicatedSequential(nn.Sequential(*layers))]
+)
+def test_norms_outside_a_replicated_sequential_keep_their_statistics_too(nest: type[nn.Sequential]) -> None:
+    inside = replicated()
+    outside = nest(*deepcopy(inside)).double()
+    for module in outside.modules():
+        if isinstance(module, ReplicatedBatchNorm):
+            module.container_updates = isinstance(outside, ReplicatedSequential)
+    x = torch.randn(REPLICAS, FEATURES, SAMPLES, dtype=torch.float64)
+    for _ in range(2):
+        close(outside(x), inside(x))
+    close(outside.eval()(x), inside.eval()(x))

@@ -18,8 +18,10 @@ def running_average(old: Tensor, new: Tensor, take: Tensor, seen: Tensor, decay:
     ``take`` and ``seen`` are boolean and broadcast against the averages; where ``take`` is false the
     old value stays, even if the new one is NaN. Returns a new tensor: a held state dict stays as it was.
     """
-    first_or_average = torch.where(seen, decay * old + (1 - decay) * new, new)
-    return torch.where(take, first_or_average, old)
+    average = torch.lerp(new, old, decay)
+    if bool(take.all()) and bool(seen.all()):
+        return average
+    return torch.where(take, torch.where(seen, average, new), old)
 
 
 def matrices(mask: Tensor) -> Tensor:

@@ -23,8 +23,7 @@ class KroneckerBlocks:
         self.seen = torch.zeros(layers, replicas, dtype=torch.bool, device=self.a.device)
         self.attempted = torch.zeros(layers, dtype=torch.bool)
         self._compute_inverse = INVERSES[inverse].compute
-        unknown = self._compute_inverse(self.a, self.g, 1.0)
-        self.inverse: Inverse = type(unknown)(*(torch.full_like(x, torch.nan) for x in unknown))
+        self.inverse: Inverse = INVERSES[inverse].unknown(self.a, self.g)
 
     def fold(self, a: Tensor, g: Tensor, present: Tensor, decay: float) -> Tensor:
         """Take one sample of the factors into the running averages.

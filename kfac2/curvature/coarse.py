@@ -71,7 +71,7 @@ class CoarseSpace:
         self.grams = torch.zeros(grams, *shape, dtype=torch.float64, device=device)
         self.seen = torch.zeros(shape, dtype=torch.bool, device=device)
         self.inverse = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
-        self._discard_sample()
+        self.discard_sample()
 
     def project(self, layer: int, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """Per-sample sums of one layer, α and γ, each ``(R, B)``.
@@ -103,7 +103,7 @@ class CoarseSpace:
         take = (self._count > 0) & matrices(finite)
         self.grams = running_average(self.grams, sample, take, self.seen, decay)
         self.seen = self.seen | take
-        self._discard_sample()
+        self.discard_sample()
         return ~finite
 
     def matrix(self) -> Tensor:
@@ -172,8 +172,9 @@ class CoarseSpace:
             old = getattr(self, name)
             setattr(self, name, state[name].to(old.device, old.dtype))
         self.indefinite = state["indefinite"]
-        self._discard_sample()
+        self.discard_sample()
 
-    def _discard_sample(self) -> None:
+    def discard_sample(self) -> None:
+        """Forget what was accumulated since the last ``fold``."""
         self._sum = torch.zeros_like(self.grams)
         self._count = torch.zeros(self.grams.shape[-2:], dtype=torch.int64, device=self.grams.device)

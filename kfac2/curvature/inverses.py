@@ -22,6 +22,12 @@ class EigenInverse(NamedTuple):
     """``1 / (λ_G λ_Aᵀ + λ)``, shape ``(..., d_out, d_in)``."""
 
     @classmethod
+    def unknown(cls, a: Tensor, g: Tensor) -> Self:
+        """All NaN, in the shapes that ``compute`` gives."""
+        shape = (*a.shape[:-2], g.shape[-1], a.shape[-1])
+        return cls(torch.full_like(a, torch.nan), torch.full_like(g, torch.nan), a.new_full(shape, torch.nan))
+
+    @classmethod
     def compute(cls, a: Tensor, g: Tensor, damping: float) -> Self:
         eigenvalues_a, eigenvectors_a = eigh_or_nan(a)
         eigenvalues_g, eigenvectors_g = eigh_or_nan(g)
@@ -38,6 +44,11 @@ class TikhonovInverse(NamedTuple):
 
     inverse_a: Tensor
     inverse_g: Tensor
+
+    @classmethod
+    def unknown(cls, a: Tensor, g: Tensor) -> Self:
+        """All NaN, in the shapes that ``compute`` gives."""
+        return cls(torch.full_like(a, torch.nan), torch.full_like(g, torch.nan))
 
     @classmethod
     def compute(cls, a: Tensor, g: Tensor, damping: float) -> Self:

@@ -73,6 +73,8 @@ class KFAC(torch.optim.SGD):
         exclude: Exclude = (),
         coarse: CoarseSpace | None = None,
     ):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"K-FAC needs the model itself, not {type(model).__name__}: KFAC(model, lr=...)")
         refuse_wrapped(model)
         check_choice("likelihood", likelihood, LIKELIHOODS)
         check_choice("inverse", inverse, INVERSES)
@@ -137,7 +139,7 @@ class KFAC(torch.optim.SGD):
             try:
                 self._capture.backpropagate(self._likelihood.negative_log(output, labels), visit)
             except BaseException:
-                preconditioner.discard_sample()  # half a batch must not count
+                preconditioner.discard_sample()  # half a batch must not count, nor what it was to add to
                 raise
             preconditioner.end_batch()
 

@@ -2,7 +2,7 @@
 
 Every adapter speaks one layout: samples as columns ``(R, d, B)``, gradient matrices ``(R, d_out, d_in)``,
 with a replica axis R of 1 for an ordinary module, and ``d_in`` counting the appended one where there is
-a bias. To support another type, write one class and list it in ``ADAPTERS``.
+a bias. To support another type whose samples are columns, write one class and list it in ``ADAPTERS``.
 """
 
 import torch

@@ -51,6 +51,9 @@ class Preconditioner:
     # -- curvature ----------------------------------------------------------------------------------
 
     def discard_sample(self) -> None:
+        """Forget what was observed since the last refresh of the factors."""
+        if self.coarse is not None:
+            self.coarse.discard_sample()
         self._sample: dict[int, Sample] = {}
         self._sums: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -63,7 +66,9 @@ class Preconditioner:
                 f"layer {layer.name!r} saw {a.shape[-1]} samples, the output has {samples}: leave the "
                 f"layer to plain SGD with exclude=[{layer.name!r}]"
             )
-        self._sample[index] = Sample(a @ a.mT, g @ g.mT, samples).plus(self._sample.get(index))
+        self._sample[index] = Sample(torch.bmm(a, a.mT), torch.bmm(g, g.mT), samples).plus(
+            self._sample.get(index)
+        )
         if self.coarse is not None:
             self._sums[index] = self.coarse.project(index, a, g)
 
@@ -139,8 +144,8 @@ class Preconditioner:
             stack.masked(correction, active)
             for stack, correction in zip(self.stacks, self.coarse.prolong(coefficients, blocks), strict=True)
         ]
-        ratio = _squared_norm(corrections, like=updates) / _squared_norm(updates, like=updates)
-        self.diagnostics["coarse_ratio"] = ratio.sqrt()
+        own, norm = _squared_norm(corrections, like=updates), _squared_norm(updates, like=updates)
+        self.diagnostics["coarse_ratio"] = torch.where(own == 0, own, own / norm).sqrt()
         return [u + c for u, c in zip(updates, corrections, strict=True)]
 
     def clip(self, updates: Blocks, gradients: Blocks, lrs: Sequence[float], kl_clip: float | None) -> None:

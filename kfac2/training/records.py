@@ -95,7 +95,7 @@ class RunDirectory:
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Write beside ``path``, flush to disk, then replace: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one writer at a time: see RunDirectory.locked
     try:
         write(temporary)
         with open(temporary, "rb") as file:

@@ -67,14 +67,25 @@ class Training:
         self.epoch, self.seconds = 0, 0.0
 
     def run(
-        self, directory: RunDirectory, tracker: Tracker, description: str = "", position: int = 0
+        self,
+        directory: RunDirectory,
+        tracker: Tracker,
+        description: str = "",
+        position: int = 0,
+        rerun: bool = False,
     ) -> list[Row]:
         """Train what is missing and return all rows; leaves a complete record in ``directory``.
+
+        A record that another process has completed meanwhile is left alone, unless ``rerun``.
 
         ``description`` and ``position`` are the progress bar's: several trainings may share a terminal.
         """
         device = next(self.problem.model.parameters()).device
         with directory.locked():
+            if rerun:
+                directory.clear()
+            if directory.is_complete():
+                return self.rows
             checkpoint = directory.load_checkpoint(torch.device("cpu"))
             if checkpoint is not None:
                 self.load_state_dict(checkpoint)

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from experiments.identity import identity, run_path
 from experiments.overrides import check_overrides
-from experiments.train import CONFIGS, build_training
+from experiments.train import CONFIGS, build_training, check_machine
 from kfac2 import KFAC, TwoLevelKFAC
 from kfac2.optim.first_order import SGD, Adam
 
@@ -126,3 +126,19 @@ def test_multirun_over_optimizers_on_both_cores(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     made = {path.parent.parent.name for path in tmp_path.glob("*/*/*/provenance.json")}
     assert made == {"sgd", "two_level_kfac"}
+
+
+def test_schemas_are_no_choices(tmp_path: Path) -> None:
+    options = run("optimizer=sdg", runs=tmp_path).stderr.partition("Available options")[2]
+    assert "schema" not in options.partition("Config search path")[0]
+
+
+def test_no_threads_are_refused() -> None:
+    with pytest.raises(ValueError, match="threads must be positive"):
+        check_machine("cpu", 0)
+
+
+def test_an_absent_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="use device=cpu"):
+        check_machine("cuda:0", 1)

@@ -60,7 +60,10 @@ def test_committed_records_are_not_compared_with_themselves(
     write_all(root="results")
     places = ("--records", tmp_path / "results", "--reference", tmp_path / "results")
     run_main("plot_figure1.py", *places, "--output", tmp_path / "figures")
-    assert "no committed records to compare with" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "These are the committed records themselves." in out
+    assert "committed median" not in out
+    assert "two-level median at epoch 100 at most 0.8" in out
 
 
 def test_plot_figure2(write_all: Callable[..., None], tmp_path: Path) -> None:

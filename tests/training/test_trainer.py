@@ -152,3 +152,13 @@ def test_a_wandb_failure_is_a_warning(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.warns(UserWarning, match="W&B tracking stopped, the training goes on: no space"):
         training(2).run(directory, WandbTracker(directory=str(tmp_path)))
     assert directory.is_complete()
+
+
+def test_a_rerun_that_cannot_start_keeps_the_record(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path, CONFIG)
+    training(1).run(directory, NoTracker())
+    with directory.locked(), pytest.raises(RuntimeError, match="another process is writing"):
+        training(1).run(directory, NoTracker(), rerun=True)
+    assert directory.is_complete()
+    training(1).run(directory, NoTracker(), rerun=True)
+    assert directory.is_complete()
