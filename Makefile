@@ -9,7 +9,7 @@ TRAIN_MLP := $(BIN)/python -m experiments.train -m problem=deep_linear_mlp optim
 	hydra/launcher=joblib tracking=$(TRACKING)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce-figure1 reproduce-figure2 runs-mlp figure1 figure2 test test-slow lint format \
+.PHONY: help setup reproduce-figure1 reproduce-figure2 runs-mlp figure1 figure2 test lint format \
 	benchmark clean
 
 help: ## list the commands
@@ -41,9 +41,6 @@ figure2: $(READY) ## redraw Figure 2 from the committed records
 
 test: $(READY) ## the tests (minutes)
 	$(BIN)/python -m pytest -n 2
-
-test-slow: $(READY) ## the slow tests
-	$(BIN)/python -m pytest -m slow
 
 lint: $(READY) ## ruff and pyright
 	$(BIN)/ruff check .
