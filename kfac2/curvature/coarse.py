@@ -1,38 +1,55 @@
 """The coarse space of two-level K-FAC: one degree of freedom per layer (eq. 5-7, Algorithm 1)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import combinations_with_replacement
+from math import prod, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kfac2.curvature.averages import finite_matrices, matrices, running_average
+from kfac2.curvature.grids import RESAMPLINGS, Grid, common_grid, pair_grid, resample
 from kfac2.curvature.inverses import eigh_or_nan
 
 COARSE_FISHERS = ("kronecker", "exact")
 COARSE_GRIDS = ("pairwise", "common")
-RESAMPLINGS = ("nearest", "area")
+
+LARGEST_PART = 2**20
+"""Numbers that are made float64 at once: many samples are taken in parts."""
 
 Blocks = Iterable[tuple[Tensor, Tensor]]
 """Layers of one shape: their positions in the coarse space ``(n,)`` and a tensor ``(n, R, d_out, d_in)``."""
+Maps = dict[int, tuple[Tensor, Tensor]]
+"""By a layer's position: α and γ of each sample and position, ``(R, B, *positions)``."""
 
 
 class CoarseSpace:
     """The correction ``Zᵀ (F̃_coarse + λI)^{-1} Z ∇`` of eq. 6, one scalar per layer.
 
-    The optimizer calls ``project`` for each layer as its gradient arrives, ``accumulate`` after each
-    back-propagation, ``fold`` and ``refresh`` when a refresh is due, and ``restrict``, ``solve``,
-    ``prolong`` in every step. A study of another coarse space overrides what it changes.
+    The optimizer calls ``accumulate`` after each back-propagation, ``fold`` and ``refresh`` when a
+    refresh is due, and ``restrict``, ``solve``, ``prolong`` in every step. A study of another coarse space
+    overrides what it changes.
+
+    With the sums ``α_i = 1ᵀ a_i`` and ``γ_i = 1ᵀ g_i`` of each sample and position,
+
+        [F̃_coarse]_ij = sqrt(T_i T_j) · mean[α_i α_j] · mean[γ_i γ_j]
+
+    over batch and positions, ``T_i`` a layer's number of positions (1 for a linear layer on vectors, where
+    it is eq. 7 itself, because ``Σ_kl (A ⊗ G)_kl = (1ᵀA1)(1ᵀG1)``). The scale is KFC's (Grosse and Martens
+    2016) on the diagonal; between layers of different resolution the paper gives none.
 
     Args:
-        fisher: ``"kronecker"``: ``E[α αᵀ] ∘ E[γ γᵀ]`` with the per-sample sums ``α_i = 1ᵀ a_i`` and
-            ``γ_i = 1ᵀ g_i``, equal to eq. 7 without its L² covariances, because
-            ``Σ_kl (A ⊗ G)_kl = (1ᵀA1)(1ᵀG1)``. ``"exact"``: ``E[p pᵀ]``, ``p_i = α_i γ_i``, which is
-            ``Z F Zᵀ`` itself where samples do not interact. BatchNorm in training mode makes them
-            interact: then the true ``Z F Zᵀ`` is that of the whole batch's logits, another matrix.
-            Both are semi-definite as long as all layers are first seen together.
-        grid, resample: how feature maps of different resolutions are compared. Layers with one
-            position (every layer supported so far) have one resolution, so these change nothing.
+        fisher: ``"kronecker"``: the above. ``"exact"``: ``E[p pᵀ]``, ``p_i`` the sum over positions of
+            ``α_i γ_i``, which is ``Z F Zᵀ`` itself where samples do not interact. BatchNorm in training
+            mode makes them interact: then the true ``Z F Zᵀ`` is that of the whole batch's logits, another
+            matrix. Semi-definite as long as all layers are first seen together.
+        grid: where two layers of different resolution are compared. ``"pairwise"``: per axis at the
+            smaller size of the two; the matrix may be indefinite. ``"common"``: all at the smallest size
+            among the layers with several positions; semi-definite, as ``"exact"`` is. A layer with one
+            position is repeated over the grid; if layers cannot be compared (a sequence and an image),
+            their maps are averaged.
+        resample: how a map is brought to a smaller grid, ``"nearest"`` or ``"area"``.
         weight: factor on the correction; 0 gives one-level K-FAC.
     """
 
@@ -73,25 +90,51 @@ class CoarseSpace:
         self.inverse = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
         self.discard_sample()
 
-    def project(self, layer: int, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Per-sample sums of one layer, α and γ, each ``(R, B)``.
+    def accumulate(self, maps: Maps) -> None:
+        """Add a batch to the sample under way."""
+        for total, (features, scales) in zip(self._sum, self._features(maps), strict=True):
+            for (rows, left), (columns, right) in combinations_with_replacement(_by_grid(features), 2):
+                gram = scales[rows, None] * scales[columns] * self._gram(left, right)
+                total[:, rows[:, None], columns] += gram
+                if left is not right:
+                    total[:, columns[:, None], rows] += gram.mT
+        present = torch.tensor([i in maps for i in range(self.grams.shape[-1])], device=self.grams.device)
+        samples = next(iter(maps.values()))[0].shape[1]
+        self._count += present[:, None] * present[None, :] * samples
 
-        ``layer`` is its position; ``a`` ``(R, d_in, B)`` and ``g`` ``(R, d_out, B)`` hold a column per sample.
-        """
-        return a.sum(1), g.sum(1)
-
-    def accumulate(self, sums: dict[int, tuple[Tensor, Tensor]]) -> None:
-        """Add a batch to the sample under way; ``sums`` maps a layer's position to its α and γ."""
-        nothing = (torch.zeros_like(next(iter(sums.values()))[0]),) * 2
-        pairs = [sums.get(i, nothing) for i in range(self.grams.shape[-1])]
-        alphas = torch.stack([alpha for alpha, _ in pairs], dim=1)
-        gammas = torch.stack([gamma for _, gamma in pairs], dim=1)
-        features = torch.stack([alphas, gammas]).double()
+    def _features(self, maps: Maps) -> Iterator[tuple[dict[int, Tensor], Tensor]]:
+        """What is averaged pair by pair, one Gram each: α and sqrt(T) γ, or p. Sqrt(T) apart, ``(L,)``."""
+        ones = self.grams.new_ones(self.grams.shape[-1])
         if self.fisher == "exact":
-            features = features.prod(0, keepdim=True)
-        self._sum += features @ features.mT
-        present = torch.tensor([i in sums for i in range(len(pairs))], device=self.grams.device)
-        self._count += present[:, None] * present[None, :] * features.shape[-1]
+            products = {i: alpha.double() * gamma.double() for i, (alpha, gamma) in maps.items()}
+            yield {i: x.reshape(*x.shape[:2], -1).sum(-1) for i, x in products.items()}, ones
+            return
+        yield self._on_grid({i: alpha for i, (alpha, _) in maps.items()}), ones
+        scales = ones.clone()
+        for i, (_, gamma) in maps.items():
+            scales[i] = sqrt(prod(_positions(gamma)))
+        yield self._on_grid({i: gamma for i, (_, gamma) in maps.items()}), scales
+
+    def _on_grid(self, features: dict[int, Tensor]) -> dict[int, Tensor]:
+        if self.grid == "pairwise":
+            return features
+        grid = common_grid(_positions(x) for x in features.values())
+        return {
+            i: x if prod(_positions(x)) == 1 else resample(x[:, None], grid, self.resample)[:, 0]
+            for i, x in features.items()
+        }
+
+    def _gram(self, left: Tensor, right: Tensor) -> Tensor:
+        """Sum over the batch, mean over positions: ``(R, n, m)``, float64."""
+        grid = pair_grid(left.shape[3:], right.shape[3:])
+        largest = max(left[:, :, :1].numel(), right[:, :, :1].numel())
+        gram = left.new_zeros(*left.shape[:2], right.shape[1], dtype=torch.float64)
+        for parts in zip(
+            *(x.split(max(1, LARGEST_PART // largest), dim=2) for x in (left, right)), strict=True
+        ):
+            one, other = (resample(part, grid, self.resample).flatten(2).double() for part in parts)
+            gram += one @ other.mT
+        return gram / prod(grid)
 
     def fold(self, decay: float) -> Tensor:
         """Take the sample into the running averages; returns ``(R,)``: replicas whose sample was not finite.
@@ -178,3 +221,21 @@ class CoarseSpace:
         """Forget what was accumulated since the last ``fold``."""
         self._sum = torch.zeros_like(self.grams)
         self._count = torch.zeros(self.grams.shape[-2:], dtype=torch.int64, device=self.grams.device)
+
+
+def _positions(x: Tensor) -> Grid:
+    return tuple(x.shape[2:])
+
+
+def _by_grid(features: dict[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Layers of one resolution side by side: their positions ``(n,)`` and maps ``(R, n, B, *positions)``."""
+    members: dict[Grid, list[int]] = {}
+    for i, x in features.items():
+        members.setdefault(_positions(x), []).append(i)
+    return [
+        (
+            torch.tensor(index, device=features[index[0]].device),
+            torch.stack([features[i] for i in index], dim=1),
+        )
+        for index in members.values()
+    ]

@@ -1,18 +1,37 @@
 """One adapter per layer type: how a module's tensors become K-FAC statistics and gradient matrices.
 
-Every adapter speaks one layout: samples as columns ``(R, d, B)``, gradient matrices ``(R, d_out, d_in)``,
-with a replica axis R of 1 for an ordinary module, and ``d_in`` counting the appended one where there is
-a bias. To support another type whose samples are columns, write one class and list it in ``ADAPTERS``.
+Every adapter speaks one layout: gradient matrices ``(R, d_out, d_in)`` with a replica axis R of 1 for an
+ordinary module, and ``d_in`` counting the appended one where there is a bias. To support another type,
+write one class with ``moments`` and ``maps``, and list it in ``ADAPTERS``.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from kfac2.curvature.patches import Window, patch_moment, patch_sums
 from kfac2.nn import ReplicatedLinear
 
 
-class LinearLayer:
-    """``nn.Linear`` on inputs ``(B, d)``."""
+class Sample(NamedTuple):
+    """Sums over samples of one layer's ``a aᵀ`` and ``g gᵀ``, and how many samples.
+
+    ``a`` ``(R, d_in, d_in)`` is a mean over positions, ``g`` ``(R, d_out, d_out)`` a sum over them.
+    """
+
+    a: Tensor
+    g: Tensor
+    samples: int
+
+    def plus(self, other: "Sample | None") -> "Sample":
+        if other is None:
+            return self
+        return Sample(self.a + other.a, self.g + other.g, self.samples + other.samples)
+
+
+class Layer:
+    """What all adapters share; ``inputs`` and ``gradients`` are the module's own tensors."""
 
     replicated = False
 
@@ -21,6 +40,11 @@ class LinearLayer:
         self.weight: nn.Parameter = module.weight  # pyright: ignore[reportAttributeAccessIssue]
         self.bias: nn.Parameter | None = module.bias if with_bias else None  # pyright: ignore
         self.dtype = torch.promote_types(self.weight.dtype, torch.float32)
+
+    @staticmethod
+    def unsupported(module: nn.Module) -> str | None:
+        """Why this module is left to plain SGD although its type is known; None if it is not."""
+        return None
 
     @property
     def replicas(self) -> int:
@@ -36,25 +60,53 @@ class LinearLayer:
         d_out, d_in = self.weight.shape[-2:]
         return d_out, d_in + self.with_bias
 
-    def columns(self, x: Tensor) -> Tensor:
-        """One column per sample, ``(R, d, B)``; ``x`` is an input or an output gradient."""
-        if x.dim() != 2:
-            raise ValueError(
-                f"layer {self.name!r} got an input of shape {tuple(x.shape)}, but only (batch, features) "
-                f"is supported: flatten it, or leave the layer to plain SGD with exclude=[{self.name!r}]"
-            )
-        return x.T[None].to(self.dtype)
+    def moments(self, inputs: Tensor, gradients: Tensor) -> Sample:
+        """A batch's contribution to the Kronecker factors."""
+        raise NotImplementedError
 
-    def input_columns(self, inputs: Tensor) -> Tensor:
-        """``(R, d_in, B)``, a one appended to each sample where there is a bias."""
+    def maps(self, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """``1ᵀ a`` and ``1ᵀ g`` of each sample and position, ``(R, B, *positions)``."""
+        raise NotImplementedError
+
+    def _refuse(self, inputs: Tensor, expected: str) -> ValueError:
+        return ValueError(
+            f"layer {self.name!r} got an input of shape {tuple(inputs.shape)}, but only {expected} is "
+            f"supported: reshape it, or leave the layer to plain SGD with exclude=[{self.name!r}]"
+        )
+
+
+class LinearLayer(Layer):
+    """``nn.Linear`` on inputs ``(B, *positions, d)``; positions are treated as a convolution's."""
+
+    def columns(self, x: Tensor) -> Tensor:
+        """One column per sample and position, ``(R, d, N)``; ``x`` is an input or an output gradient."""
+        return x.flatten(0, -2).T[None].to(self.dtype)
+
+    def grid(self, x: Tensor) -> tuple[int, ...]:
+        """Number of samples and sizes of the position axes."""
+        if x.dim() < 2:
+            raise self._refuse(x, "(batch, features) or (batch, positions, features)")
+        return tuple(x.shape[:-1])
+
+    def moments(self, inputs: Tensor, gradients: Tensor) -> Sample:
+        samples, *_ = self.grid(inputs)
+        a, g = self._input_columns(inputs), self.columns(gradients)
+        positions = a.shape[-1] // max(samples, 1)
+        return Sample(torch.bmm(a, a.mT) / positions, torch.bmm(g, g.mT), samples)
+
+    def maps(self, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+        a, g = self._input_columns(inputs).sum(1), self.columns(gradients).sum(1)
+        samples, *positions = self.grid(inputs)
+        if len(positions) > 3:  # more than interpolation knows
+            positions = [a.shape[-1] // samples]
+        return a.unflatten(1, (samples, *positions)), g.unflatten(1, (samples, *positions))
+
+    def _input_columns(self, inputs: Tensor) -> Tensor:
+        """``(R, d_in, N)``, a one appended where there is a bias."""
         columns = self.columns(inputs)
         if not self.with_bias:
             return columns
         return torch.cat([columns, torch.ones_like(columns[:, :1])], dim=1)
-
-    def gradient_columns(self, gradients: Tensor) -> Tensor:
-        """``(R, d_out, B)``."""
-        return self.columns(gradients)
 
 
 class ReplicatedLinearLayer(LinearLayer):
@@ -65,8 +117,52 @@ class ReplicatedLinearLayer(LinearLayer):
     def columns(self, x: Tensor) -> Tensor:
         return x.to(self.dtype)
 
+    def grid(self, x: Tensor) -> tuple[int, ...]:
+        return (x.shape[-1],)
 
-ADAPTERS: dict[type[nn.Module], type[LinearLayer]] = {
+
+class Conv2dLayer(Layer):
+    """``nn.Conv2d`` on inputs ``(B, C, H, W)``: one sample's patches are its positions (KFC)."""
+
+    module: nn.Conv2d
+
+    def __init__(self, name: str, module: nn.Module, with_bias: bool):
+        super().__init__(name, module, with_bias)
+        conv = self.module
+        padding = conv._reversed_padding_repeated_twice  # the numbers that 'same' stands for
+        self.window = Window(conv.kernel_size, conv.stride, conv.dilation, tuple(padding))  # pyright: ignore
+
+    @staticmethod
+    def unsupported(module: nn.Module) -> str | None:
+        assert isinstance(module, nn.Conv2d)
+        if module.groups > 1:
+            return f"a convolution in {module.groups} groups has no Kronecker block here"
+        if module.padding_mode != "zeros":
+            return f"padding_mode={module.padding_mode!r} is not supported"
+        return None
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight[0].numel() + self.with_bias
+
+    def moments(self, inputs: Tensor, gradients: Tensor) -> Sample:
+        x, g = self._checked(inputs), gradients.to(self.dtype)
+        positions = g[0, 0].numel()
+        a = patch_moment(x, self.window, self.with_bias) / positions
+        return Sample(a[None], patch_moment(g, Window(), False)[None], len(x))
+
+    def maps(self, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+        sums = patch_sums(self._checked(inputs), self.window) + self.with_bias
+        return sums[None], gradients.to(self.dtype).sum(1)[None]
+
+    def _checked(self, inputs: Tensor) -> Tensor:
+        if inputs.dim() != 4:
+            raise self._refuse(inputs, "(batch, channels, height, width)")
+        return inputs.to(self.dtype)
+
+
+ADAPTERS: dict[type[nn.Module], type[Layer]] = {
     nn.Linear: LinearLayer,
+    nn.Conv2d: Conv2dLayer,
     ReplicatedLinear: ReplicatedLinearLayer,
 }

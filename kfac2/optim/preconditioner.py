@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kfac2.curvature import CoarseSpace, kl_clip_factor
 from kfac2.curvature.averages import decay_at, matrices
-from kfac2.optim.layers import LinearLayer
-from kfac2.optim.stacks import Sample, make_stacks
+from kfac2.optim.layers import Layer, Sample
+from kfac2.optim.stacks import make_stacks
 
 Blocks = list[Tensor]
 """One tensor ``(n, R, d_out, d_in)`` per stack of layers."""
@@ -25,7 +25,7 @@ class Preconditioner:
 
     def __init__(
         self,
-        layers: Sequence[LinearLayer],
+        layers: Sequence[Layer],
         param_groups: Sequence[dict[str, Any]],
         inverse: str,
         factor_decay: float,
@@ -55,28 +55,26 @@ class Preconditioner:
         if self.coarse is not None:
             self.coarse.discard_sample()
         self._sample: dict[int, Sample] = {}
-        self._sums: dict[int, tuple[Tensor, Tensor]] = {}
+        self._maps: dict[int, tuple[Tensor, Tensor]] = {}
 
     def observe(self, index: int, inputs: Tensor, gradients: Tensor, samples: int) -> None:
         """Add one layer's input and output gradient to the sample under way."""
         layer = self.layers[index]
-        a, g = layer.input_columns(inputs), layer.gradient_columns(gradients)
-        if a.shape[-1] != samples:
+        sample = layer.moments(inputs, gradients)
+        if sample.samples != samples:
             raise ValueError(
-                f"layer {layer.name!r} saw {a.shape[-1]} samples, the output has {samples}: leave the "
+                f"layer {layer.name!r} saw {sample.samples} samples, the output has {samples}: leave the "
                 f"layer to plain SGD with exclude=[{layer.name!r}]"
             )
-        self._sample[index] = Sample(torch.bmm(a, a.mT), torch.bmm(g, g.mT), samples).plus(
-            self._sample.get(index)
-        )
+        self._sample[index] = sample.plus(self._sample.get(index))
         if self.coarse is not None:
-            self._sums[index] = self.coarse.project(index, a, g)
+            self._maps[index] = layer.maps(inputs, gradients)
 
     def end_batch(self) -> None:
         """All layers of a batch have been observed."""
         if self.coarse is not None:
-            self.coarse.accumulate(self._sums)
-            self._sums = {}
+            self.coarse.accumulate(self._maps)
+            self._maps = {}
 
     def refresh_factors(self) -> None:
         """Take the sample into the running averages.

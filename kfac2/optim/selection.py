@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from kfac2.optim.layers import ADAPTERS, LinearLayer
+from kfac2.optim.layers import ADAPTERS, Layer
 
 Exclude = Iterable[str] | Callable[[str, nn.Module], bool]
 DATA_PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
@@ -47,7 +47,7 @@ def canonical_name(name: str) -> str:
 
 def select_layers(
     model: nn.Module, optimized: set[nn.Parameter], exclude: Exclude
-) -> tuple[list[LinearLayer], list[Coverage]]:
+) -> tuple[list[Layer], list[Coverage]]:
     """The layers to precondition, in the model's order, and a line on each of the model's parameters.
 
     Raises:
@@ -56,7 +56,7 @@ def select_layers(
     """
     excluded = _exclusion(model, exclude)
     shared = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    layers: list[LinearLayer] = []
+    layers: list[Layer] = []
     coverage: list[Coverage] = []
     for name, module in model.named_modules():
         reason = _reason_for_plain(name, module, optimized, excluded, shared)
@@ -89,7 +89,7 @@ def _reason_for_plain(
         return "the layer's weight is not optimized"
     if any(shared[id(p)] > 1 for p in module.parameters(recurse=False)):
         return "shared with another module"
-    return None
+    return ADAPTERS[type(module)].unsupported(module)
 
 
 def _describe(
@@ -115,7 +115,7 @@ def _exclusion(model: nn.Module, exclude: Exclude) -> Callable[[str, nn.Module],
     return lambda name, module: any(name == e or name.startswith(f"{e}.") for e in names)
 
 
-def _check(layers: Sequence[LinearLayer], coverage: Sequence[Coverage]) -> None:
+def _check(layers: Sequence[Layer], coverage: Sequence[Coverage]) -> None:
     if not layers:
         supported = ", ".join(kind.__name__ for kind in ADAPTERS)
         lines = "\n".join(f"  {line}" for line in coverage)

@@ -1,27 +1,14 @@
 """Layers of one shape, handled as one batch."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kfac2.curvature import KroneckerBlocks
 from kfac2.curvature.averages import matrices
-from kfac2.optim.layers import LinearLayer
-
-
-class Sample(NamedTuple):
-    """Sums over samples of one layer's ``a aᵀ`` and ``g gᵀ``, and how many samples."""
-
-    a: Tensor
-    g: Tensor
-    samples: int
-
-    def plus(self, other: "Sample | None") -> "Sample":
-        if other is None:
-            return self
-        return Sample(self.a + other.a, self.g + other.g, self.samples + other.samples)
+from kfac2.optim.layers import Layer, Sample
 
 
 class LayerStack:
@@ -31,7 +18,7 @@ class LayerStack:
     group of each column of a gradient matrix (the bias may be in another one than the weight).
     """
 
-    def __init__(self, layers: Sequence[LinearLayer], index: list[int], groups: Tensor, inverse: str):
+    def __init__(self, layers: Sequence[Layer], index: list[int], groups: Tensor, inverse: str):
         first = layers[0]
         options = {"dtype": first.dtype, "device": first.weight.device}
         self.layers, self.with_bias = layers, first.with_bias
@@ -63,7 +50,7 @@ class LayerStack:
             for i, p in zip(self._positions, parameters, strict=True)
         ]
         n, replicas, d_out, _ = self.blocks.g.shape
-        return torch.stack(grads).view(n, replicas, d_out, -1).to(self.blocks.g.dtype)
+        return torch.stack(grads).reshape(n, replicas, d_out, -1).to(self.blocks.g.dtype)
 
     def precondition(self, gradients: Tensor, active: list[bool]) -> Tensor:
         return self.masked(self.blocks.inverse.apply(gradients), active)
@@ -89,7 +76,7 @@ class LayerStack:
 
 
 def make_stacks(
-    layers: Sequence[LinearLayer], param_groups: Sequence[dict[str, Any]], inverse: str
+    layers: Sequence[Layer], param_groups: Sequence[dict[str, Any]], inverse: str
 ) -> list[LayerStack]:
     """Group layers by the shape, type and device of their weights."""
     group_of = {p: k for k, group in enumerate(param_groups) for p in group["params"]}
@@ -105,7 +92,7 @@ def make_stacks(
     return stacks
 
 
-def _column_groups(layer: LinearLayer, group_of: dict[nn.Parameter, int]) -> Tensor:
+def _column_groups(layer: Layer, group_of: dict[nn.Parameter, int]) -> Tensor:
     columns = torch.full((layer.matrix_shape[1],), group_of[layer.weight])
     if layer.bias is not None:
         columns[-1] = group_of[layer.bias]

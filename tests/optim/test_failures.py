@@ -208,17 +208,36 @@ def test_single_outputs_without_an_output_axis(likelihood: str) -> None:
     assert same(flat, column)
 
 
-def test_a_layer_on_sequences_is_named_with_the_remedy() -> None:
-    def model() -> nn.Module:
-        layers = nn.Linear(INPUTS, 4), nn.Tanh(), nn.Flatten(), nn.Linear(8, CLASSES)
-        return nn.Sequential(nn.Unflatten(1, (2, INPUTS)), *layers).double()
+class WithUnbatched(nn.Module):
+    """A layer whose input has no batch axis feeds one that is fine."""
 
-    x = torch.randn(BATCH, 2 * INPUTS).double()
-    sequences = model()
-    with pytest.raises(ValueError, match=r"'1' got an input of shape \(8, 2, 4\).*exclude=\['1'\]"):
-        build(KFAC, sequences).update_curvature(sequences(x))
-    allowed = model()
-    build(KFAC, allowed, exclude=["1"]).update_curvature(allowed(x))
+    def __init__(self, layer: nn.Module, inputs: Tensor) -> None:
+        super().__init__()
+        self.layer, self.inputs, self.last = layer, inputs, nn.Linear(INPUTS, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x + self.layer(self.inputs).mean())
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "expected"),
+    [
+        (nn.Linear(INPUTS, 2), (INPUTS,), r"\(batch, features\) or \(batch, positions, features\)"),
+        (nn.Conv2d(1, 2, 3), (1, 5, 5), r"\(batch, channels, height, width\)"),
+    ],
+    ids=["linear", "convolution"],
+)
+def test_a_layer_without_a_batch_is_named_with_the_remedy(
+    layer: nn.Module, shape: tuple[int, ...], expected: str
+) -> None:
+    model = WithUnbatched(layer, torch.randn(shape)).double()
+    model.inputs = model.inputs.double()
+    x = torch.randn(BATCH, INPUTS).double()
+    with pytest.raises(
+        ValueError, match=rf"'layer' got an input of shape .*only {expected}.*exclude=\['layer'\]"
+    ):
+        build(TwoLevelKFAC, model).update_curvature(model(x))
+    build(TwoLevelKFAC, model, exclude=["layer"]).update_curvature(model(x))
 
 
 def test_a_layer_on_another_number_of_samples_is_named_with_the_remedy() -> None:

@@ -1,6 +1,7 @@
-"""Literal two-level K-FAC: Algorithm 1 pair by pair, dense Kronecker products and ``Z``."""
+"""Literal two-level K-FAC: Algorithm 1 pair by pair of layers, dense Kronecker products and ``Z``."""
 
 from collections.abc import Hashable, Sequence
+from math import sqrt
 from typing import Any
 
 import torch
@@ -8,14 +9,15 @@ from torch import Tensor, nn
 
 from tests.reference.fisher import restriction
 from tests.reference.kfac import LiteralKFAC, PerLayer, eye_like, mean_outer
+from tests.reference.maps import common_grid, grid_of, pair_grid, positions, resample, rows
 
 
 class LiteralTwoLevelKFAC(LiteralKFAC):
     """K-FAC and ``coarse_weight * Z^T (|F_coarse| + λ I)^{-1} Z`` (eq. 6).
 
     ``coarse_fisher="kronecker"``: ``[F_coarse]_ij`` sums the entries of ``A_ij kron G_ij``, running
-    averages of all pairs' covariances being kept (Algorithm 1). ``"exact"``: ``E[p pᵀ]``, ``p_i``
-    the sum of the entries of a sample's gradient ``g_i a_iᵀ``.
+    averages of all pairs' covariances being kept (Algorithm 1), on the grid of ``coarse_grid``.
+    ``"exact"``: ``E[p pᵀ]``, ``p_i`` the sum of the entries of a sample's gradient ``Σ_t g_it a_itᵀ``.
     """
 
     def __init__(
@@ -23,24 +25,38 @@ class LiteralTwoLevelKFAC(LiteralKFAC):
         model: nn.Module,
         *,
         coarse_fisher: str = "kronecker",
+        coarse_grid: str = "pairwise",
+        resample: str = "nearest",
         coarse_weight: float = 1.0,
         **settings: Any,
     ) -> None:
         super().__init__(model, **settings)
         self.coarse_fisher = coarse_fisher
+        self.coarse_grid = coarse_grid
+        self.resample = resample
         self.coarse_weight = coarse_weight
         self.was_indefinite = False
+        self.indefinite = 0
 
     def statistics(self, a: PerLayer, g: PerLayer) -> dict[Hashable, Tensor]:
         """The factors, and what the coarse Fisher averages, by pair of layers."""
         statistics = super().statistics(a, g)
-        for i, j in lower_triangle(list(a)):
+        for i, j in lower_triangle([name for name in self.layers if name in a]):
             if self.coarse_fisher == "kronecker":
-                statistics["A", i, j] = mean_outer(a[i], a[j])
-                statistics["G", i, j] = mean_outer(g[i], g[j])
+                statistics["A", i, j] = mean_outer(*self.on_one_grid(a, i, j))
+                scale = sqrt(positions(g[i]) * positions(g[j]))
+                statistics["G", i, j] = scale * mean_outer(*self.on_one_grid(g, i, j))
             else:
                 statistics["pp", i, j] = (entry_sums(a[i], g[i]) * entry_sums(a[j], g[j])).mean()
         return statistics
+
+    def on_one_grid(self, maps: PerLayer, i: str, j: str) -> tuple[Tensor, Tensor]:
+        """The maps of a pair of layers on the grid on which they are compared."""
+        if self.coarse_grid == "pairwise":
+            grid = pair_grid(grid_of(maps[i]), grid_of(maps[j]))
+        else:
+            grid = common_grid([grid_of(x) for x in maps.values()])
+        return resample(maps[i], grid, self.resample), resample(maps[j], grid, self.resample)
 
     def coarse_matrix(self) -> Tensor:
         """``F_coarse``, shape ``(L, L)``."""
@@ -62,14 +78,16 @@ class LiteralTwoLevelKFAC(LiteralKFAC):
         F_coarse = self.coarse_matrix()
         absolute = matrix_absolute(F_coarse)
         self.was_indefinite |= not torch.allclose(absolute, F_coarse)
+        w = torch.linalg.eigvalsh(F_coarse)
+        self.indefinite += bool((w < -max(self.damping, 1e-6 * w.abs().max().item())).any())
         Z = restriction(self.sizes)
         inverse = torch.linalg.inv(absolute + self.damping * eye_like(absolute))
         return super().form_preconditioner() + self.coarse_weight * Z.T @ inverse @ Z
 
 
 def entry_sums(a: Tensor, g: Tensor) -> Tensor:
-    """``p``, shape ``(B,)``: the sum of the entries of every sample's weight gradient ``g aᵀ``."""
-    return torch.stack([torch.outer(g_n, a_n).sum() for g_n, a_n in zip(g, a, strict=True)])
+    """``p``, shape ``(B,)``: the sum of the entries of every sample's gradient ``Σ_t g_t a_tᵀ``."""
+    return torch.stack([(rows(g_n[None]).T @ rows(a_n[None])).sum() for g_n, a_n in zip(g, a, strict=True)])
 
 
 def lower_triangle(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -80,8 +98,8 @@ def lower_triangle(names: Sequence[str]) -> list[tuple[str, str]]:
 def matrix_absolute(matrix: Tensor) -> Tensor:
     """``Q |w| Qᵀ``: the matrix itself unless it is indefinite.
 
-    Pairs first seen at different times are averages over different batches, and need not form a
-    semi-definite matrix.
+    Pairs first seen at different times are averages over different batches, and pairs compared on
+    different grids over different positions: neither need form a semi-definite matrix.
     """
     w, Q = torch.linalg.eigh(matrix)
     return Q @ w.abs().diag() @ Q.T

@@ -1,14 +1,18 @@
 """Explicit Fisher matrices of small networks, from one backward pass per sample.
 
 The parameters of layer i are one matrix ``[W_i b_i]`` of shape ``(out, in [+ 1])``; ``vec`` stacks
-its columns, so that ``(A kron G) vec(V) = vec(G V A)`` for a symmetric ``A``, as in the paper.
+its columns, so that ``(A kron G) vec(V) = vec(G V A)`` for a symmetric ``A``, as in the paper. A
+convolution is a linear layer of its patches: ``W_i`` has shape ``(out, in · kh · kw)``.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
+
+from tests.reference.maps import Layer
 
 
 def vec(matrix: Tensor) -> Tensor:
@@ -34,18 +38,23 @@ def negative_log_likelihood(output: Tensor, labels: Tensor, likelihood: str) -> 
     return losses.reshape(len(output), -1).sum(dim=1)
 
 
-def linear_layers(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Linear]:
-    """The linear layers of ``model`` by name, in module order."""
+def linear_layers(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Layer]:
+    """The linear layers and convolutions of ``model`` by name, in module order."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name not in exclude
+        if (isinstance(module, nn.Linear) or is_plain_convolution(module)) and name not in exclude
     }
+
+
+def is_plain_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether one matrix maps every patch, zeros around the image, to the output."""
+    return isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
 
 
 def layer_matrix(name: str, values: Mapping[str, Tensor]) -> Tensor:
     """``[W b]`` of one layer, from values (gradients, updates) keyed by parameter name."""
-    columns = [values[f"{name}.weight"]]
+    columns = [values[f"{name}.weight"].flatten(1)]
     if f"{name}.bias" in values:
         columns.append(values[f"{name}.bias"].unsqueeze(1))
     return torch.cat(columns, dim=1)
@@ -56,19 +65,20 @@ def parameter_vector(names: Sequence[str], values: Mapping[str, Tensor]) -> Tens
     return torch.cat([vec(layer_matrix(name, values)) for name in names])
 
 
-def split_parameter_vector(vector: Tensor, layers: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+def split_parameter_vector(vector: Tensor, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
     """The inverse of ``parameter_vector``: tensors keyed by parameter name."""
     values: dict[str, Tensor] = {}
     parts = vector.split([layer_size(layer) for layer in layers.values()])
     for (name, layer), part in zip(layers.items(), parts, strict=True):
-        matrix = unvec(part, layer.out_features, len(part) // layer.out_features)
-        values[f"{name}.weight"] = matrix[:, : layer.in_features]
+        out = len(layer.weight)
+        matrix = unvec(part, out, len(part) // out)
+        values[f"{name}.weight"] = matrix[:, : layer.weight.numel() // out].reshape(layer.weight.shape)
         if layer.bias is not None:
             values[f"{name}.bias"] = matrix[:, -1]
     return values
 
 
-def layer_size(layer: nn.Linear) -> int:
+def layer_size(layer: Layer) -> int:
     """Number of parameters, the bias included."""
     return sum(parameter.numel() for parameter in layer.parameters())
 
@@ -79,7 +89,7 @@ def restriction(sizes: Sequence[int]) -> Tensor:
 
 
 def gradient(model: nn.Module, loss: Tensor) -> Tensor:
-    """The gradient of ``loss`` w.r.t. the linear layers' parameters, shape ``(n,)``."""
+    """The gradient of ``loss`` w.r.t. the parameters of ``linear_layers``, shape ``(n,)``."""
     names, parameters = zip(*model.named_parameters(), strict=True)
     grads = torch.autograd.grad(loss, parameters, retain_graph=True)
     return parameter_vector(list(linear_layers(model)), dict(zip(names, grads, strict=True)))

@@ -1,7 +1,7 @@
 """Literal one-level K-FAC in float64: one dense ``n x n`` preconditioner, nothing clever.
 
-An oracle for small networks of ``nn.Linear`` layers and anything else, which is trained by SGD.
-A replicated model is checked against one twin per replica.
+An oracle for small networks of ``nn.Linear`` and ``nn.Conv2d`` layers and anything else, which is
+trained by SGD. A replicated model is checked against one twin per replica.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -17,13 +17,14 @@ from tests.reference.fisher import (
     parameter_vector,
     split_parameter_vector,
 )
+from tests.reference.maps import Layer, input_map, output_map, positions, rows
 
-PerLayer = dict[str, Tensor]
+PerLayer = dict[str, Tensor]  # maps, see maps.py
 
 
 def mean_outer(left: Tensor, right: Tensor) -> Tensor:
-    """``E[left right^T]`` over samples, from ``(B, m)`` and ``(B, n)``."""
-    return torch.stack([torch.outer(x, y) for x, y in zip(left, right, strict=True)]).mean(dim=0)
+    """``E[left right^T]`` over samples and positions, from ``(B, m, *grid)`` and ``(B, n, *grid)``."""
+    return torch.einsum("rm,rn->mn", rows(left), rows(right)) / len(rows(left))
 
 
 def eye_like(matrix: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ class LiteralKFAC:
         self.factor_decay = factor_decay
         self.t = 0
         self.averages: dict[Hashable, Tensor] = {}
-        self.preconditioned: dict[str, nn.Linear] = {}
+        self.preconditioned: dict[str, Layer] = {}
         self.preconditioner = torch.empty(0, 0, dtype=torch.float64)
         self.momenta: dict[str, Tensor] = {}
         self.clips: list[float] = []
@@ -98,37 +99,35 @@ class LiteralKFAC:
         self.update(training_loss(output))
 
     def forward(self, inputs: Tensor) -> tuple[PerLayer, PerLayer, Tensor]:
-        """The layers' ``a``, a one appended for a bias, and outputs; the model's output."""
+        """The layers' ``a`` and outputs as maps; the model's output."""
         a: PerLayer = {}
         outputs: PerLayer = {}
 
-        def capture(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-            def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                x = args[0].detach()
-                if layer.bias is not None:
-                    x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
-                a[name], outputs[name] = x, output
+        def capture(name: str, layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+            def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+                a[name], outputs[name] = input_map(layer, args[0].detach(), output), output
+                return output.clone()  # a ReLU in place changes the copy, not what is kept
 
             return hook
 
-        handles = [layer.register_forward_hook(capture(name)) for name, layer in self.layers.items()]
+        handles = [layer.register_forward_hook(capture(name, layer)) for name, layer in self.layers.items()]
         output = self.model(inputs)
         for handle in handles:
             handle.remove()
         return a, outputs, output
 
     def output_gradients(self, outputs: PerLayer, output: Tensor, labels: Tensor) -> PerLayer:
-        """``g_i``, shape ``(B, out)``: gradients of the summed negative log-likelihood."""
+        """``g_i`` as maps: gradients of the summed negative log-likelihood."""
         loss = negative_log_likelihood(output, labels, self.likelihood).sum()
         grads = torch.autograd.grad(loss, list(outputs.values()), retain_graph=True)
-        return dict(zip(outputs, grads, strict=True))
+        return {name: output_map(self.layers[name], g) for name, g in zip(outputs, grads, strict=True)}
 
     def statistics(self, a: PerLayer, g: PerLayer) -> dict[Hashable, Tensor]:
-        """This batch's ``A_i`` and ``G_i`` (eq. 2)."""
+        """This batch's ``A_i`` and ``G_i`` (eq. 2): the positions' mean and their sum."""
         factors: dict[Hashable, Tensor] = {}
         for name in a:
             factors["A", name] = mean_outer(a[name], a[name])
-            factors["G", name] = mean_outer(g[name], g[name])
+            factors["G", name] = positions(g[name]) * mean_outer(g[name], g[name])
         return factors
 
     def average(self, statistics: dict[Hashable, Tensor]) -> None:

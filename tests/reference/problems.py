@@ -41,11 +41,11 @@ class Case:
             nn.Flatten(start_dim=0 if self.outputs is None else 1),
         )
 
-    def batches(self, steps: int, size: int = 7) -> list["Batch"]:
+    def batches(self, steps: int, size: int = 7, sample: tuple[int, ...] = (INPUTS,)) -> list["Batch"]:
         """Random; every other gradient is four times larger, so that a KL clip comes and goes."""
         return [
             Batch(
-                inputs=torch.randn(size, INPUTS),
+                inputs=torch.randn(size, *sample),
                 labels=self.labels(size),
                 targets=self.labels(size),
                 scale=4.0 if step % 2 else 1.0,

@@ -1,0 +1,44 @@
+"""Layers of different resolutions, compared on one grid of positions."""
+
+from collections.abc import Iterable
+from math import prod
+
+import torch.nn.functional as F
+from torch import Tensor
+
+RESAMPLINGS = ("nearest", "area")
+
+Grid = tuple[int, ...]
+"""Sizes of a feature map's position axes; ``()`` is one position."""
+
+
+def pair_grid(one: Grid, other: Grid) -> Grid:
+    """Where two layers are compared: per axis the smaller size.
+
+    One position if either has no more: repeating a layer with one position over the other's grid is
+    averaging the other's map. So too where the axes cannot be compared (a sequence and an image).
+    """
+    if len(one) != len(other) or prod(one) == 1 or prod(other) == 1:
+        return ()
+    return tuple(min(sizes) for sizes in zip(one, other, strict=True))
+
+
+def common_grid(grids: Iterable[Grid]) -> Grid:
+    """Per axis the smallest size among the layers with more than one position, if they can be compared."""
+    several = [grid for grid in grids if prod(grid) > 1]
+    if len({len(grid) for grid in several}) != 1:
+        return ()
+    return tuple(min(sizes) for sizes in zip(*several, strict=True))
+
+
+def resample(maps: Tensor, grid: Grid, mode: str) -> Tensor:
+    """Maps ``(R, n, B, *positions)`` on ``grid``, one of the above: ``(R, n, B, *grid)``.
+
+    ``mode``: ``"nearest"`` or ``"area"``, as ``torch.nn.functional.interpolate`` has them.
+    """
+    positions = maps.shape[3:]
+    if positions == grid:
+        return maps
+    if not grid:
+        return maps.flatten(3).mean(-1)
+    return F.interpolate(maps.flatten(0, 1), size=grid, mode=mode).unflatten(0, maps.shape[:2])
