@@ -8,6 +8,7 @@ from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
 IDENTITY = ("problem", "optimizer", "training", "seeds", "device", "threads")
+BOOKKEEPING = ("label", "data", "one_record_per_seed")  # where images lie and what is said of them
 LONGEST_NAME = 150
 
 
@@ -20,10 +21,16 @@ def identity(config: DictConfig) -> dict[str, Any]:
 
 
 def run_path(config: DictConfig) -> Path:
-    """``<runs>/<problem>/<optimizer>/<variant>``; the variant is ``paper`` or what differs from it."""
+    """``<runs>/<problem>/<optimizer>/<variant>``; the variant is ``paper`` or what differs from it.
+
+    What machine it runs on is no such difference, although the record says it.
+    """
     own = identity(config)
     problem, optimizer = own["problem"]["name"], own["optimizer"]["name"]
-    base = identity(compose("train", overrides=[f"problem={problem}", f"optimizer={optimizer}"]))
+    same = {"problem": problem, "optimizer": optimizer, "device": config.device, "threads": config.threads}
+    base = identity(compose("train", overrides=[f"{key}={value}" for key, value in same.items()]))
+    if config.problem.one_record_per_seed:
+        own, base = own | {"seeds": None}, base | {"seeds": None}
     return Path(config.runs) / problem / optimizer / variant_name(own, base)
 
 
@@ -45,7 +52,8 @@ def variant_name(own: dict[str, Any], base: dict[str, Any]) -> str:
 
 def _without_bookkeeping(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _without_bookkeeping(v) for k, v in value.items() if not str(k).startswith("_")}
+        kept = {k: v for k, v in value.items() if not str(k).startswith("_") and k not in BOOKKEEPING}
+        return {k: _without_bookkeeping(v) for k, v in kept.items()}
     return value
 
 

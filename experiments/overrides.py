@@ -6,6 +6,7 @@ Hydra refuses them too, but names only the offender.
 import difflib
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -50,11 +51,15 @@ def _choices(overrides: Sequence[Override]) -> list[tuple[str, ...]]:
 
 
 def _names(config: DictConfig) -> list[str]:
+    return _keys(OmegaConf.to_container(config, resolve=False))
+
+
+def _keys(node: Any) -> list[str]:
+    """Of a nested dictionary, dotted; groups and settings."""
     names = []
-    for key in config:
-        node = OmegaConf.to_container(config, resolve=False)[key]  # pyright: ignore
-        children = [str(k) for k in node if not str(k).startswith("_")] if isinstance(node, dict) else []
-        names += [str(key), *(f"{key}.{child}" for child in children)]
+    for key, child in node.items() if isinstance(node, dict) else ():
+        if not str(key).startswith("_"):
+            names += [str(key), *(f"{key}.{name}" for name in _keys(child))]
     return names
 
 

@@ -3,20 +3,41 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 
 @dataclass
 class DeepLinearMLPConfig:
     _target_: str = "kfac2.problems.DeepLinearMLP"
     name: str = "deep_linear_mlp"
+    one_record_per_seed: bool = False
     depth: int = MISSING
     width: int = MISSING
     batch_norm: bool = MISSING
     activation: str = MISSING
     train_samples: int = MISSING
     test_samples: int = MISSING
+
+
+@dataclass
+class Cifar10Config:
+    _target_: str = "kfac2.problems.Cifar10"
+    path: str | None = None
+    root: str = "data"
+
+
+@dataclass
+class CifarResNetConfig:
+    _target_: str = "kfac2.problems.CifarResNet"
+    name: str = MISSING
+    one_record_per_seed: bool = True
+    depth: int = MISSING
+    train_samples: int | None = MISSING
+    test_samples: int | None = MISSING
+    label: str | None = None
+    data: Cifar10Config = field(default_factory=Cifar10Config)
 
 
 @dataclass
@@ -69,6 +90,8 @@ class TrainingConfig:
     batch_size: int = MISSING
     milestones: list[float] = field(default_factory=list)
     lr_decay: float = 0.1
+    channels_last: bool = False
+    autocast: bool = False
 
 
 @dataclass
@@ -85,8 +108,19 @@ class TrainConfig:
 
 
 def register() -> None:
+    OmegaConf.register_new_resolver("fast_bfloat16", fast_bfloat16, replace=True)
+    OmegaConf.register_new_resolver("thousands", "{:,}".format, replace=True)
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     store.store(group="schema/problem", name="deep_linear_mlp", node=DeepLinearMLPConfig)
+    store.store(group="schema/problem", name="cifar_resnet", node=CifarResNetConfig)
     for config in (SGDConfig, AdamConfig, KFACConfig, TwoLevelKFACConfig):
         store.store(group="schema/optimizer", name=config.name, node=config)
+
+
+def fast_bfloat16(device: str) -> bool:
+    """Whether the hardware multiplies in bfloat16; where it only emulates, autocast is ten times slower."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = torch.cpu
+    return cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()

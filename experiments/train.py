@@ -5,22 +5,26 @@ python -m experiments.train -m optimizer=sgd,adam optimizer.lr=1e-2,1e-3
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.identity import identity, run_path
 from experiments.overrides import check_overrides
 from experiments.schema import register
+from kfac2.problems import DataError
 from kfac2.training.records import RunDirectory
 from kfac2.training.trainer import Training, TrainingSettings
 
 CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
+NOT_ARGUMENTS = ("name", "one_record_per_seed")
 register()
 
 
@@ -28,19 +32,35 @@ register()
 def main(config: DictConfig) -> None:
     check_machine(config.device, config.threads)
     torch.set_num_threads(config.threads)
-    directory = RunDirectory(run_path(config), identity(config))
-    if directory.is_complete() and not config.rerun:
-        print(f"{directory.path}: complete, not trained again (rerun=true does)")
-        return
-    training = build_training(config)
     position = OmegaConf.select(HydraConfig.get(), "job.num", default=0)  # pyright: ignore
-    training.run(directory, instantiate(config.tracking), str(directory.path), position, rerun=config.rerun)
-    print(f"{directory.path}: complete")
+    for directory in run_directories(config):
+        if directory.is_complete() and not config.rerun:
+            print(f"{directory.path}: complete, not trained again (rerun=true does)")
+            continue
+        try:
+            training = build_training(config, directory.config["seeds"])
+        except InstantiationException as error:
+            if isinstance(error.__cause__, DataError):
+                raise SystemExit(str(error.__cause__)) from None
+            raise
+        tracker = instantiate(config.tracking)
+        training.run(directory, tracker, str(directory.path), position, rerun=config.rerun)
+        print(f"{directory.path}: complete")
 
 
-def build_training(config: DictConfig) -> Training:
+def run_directories(config: DictConfig) -> list[RunDirectory]:
+    """Where the records go: one for all seeds side by side, or one per seed."""
+    seeds, path, own = list(config.seeds), run_path(config), identity(config)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be distinct and not empty, got {seeds}")
+    if not config.problem.one_record_per_seed:
+        return [RunDirectory(path, own)]
+    return [RunDirectory(path / f"seed={seed}", own | {"seeds": [seed]}) for seed in seeds]
+
+
+def build_training(config: DictConfig, seeds: Sequence[int]) -> Training:
     """The configured problem, optimizer and trainer."""
-    problem = instantiate(_arguments(config.problem), seeds=list(config.seeds), device=config.device)
+    problem = instantiate(_arguments(config.problem), seeds=list(seeds), device=config.device)
     settings = OmegaConf.to_container(config.training, resolve=True)
     return Training(problem, instantiate(_arguments(config.optimizer)), TrainingSettings(**settings))  # pyright: ignore
 
@@ -54,10 +74,10 @@ def check_machine(device: str, threads: int) -> None:
 
 
 def _arguments(node: DictConfig) -> dict[str, Any]:
-    """A config node without the name that it has for people."""
+    """A config node without what is not its target's."""
     arguments = OmegaConf.to_container(node, resolve=True)
     assert isinstance(arguments, dict)
-    return {str(key): value for key, value in arguments.items() if key != "name"}
+    return {str(key): value for key, value in arguments.items() if key not in NOT_ARGUMENTS}
 
 
 if __name__ == "__main__":

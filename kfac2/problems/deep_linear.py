@@ -52,6 +52,7 @@ class DeepLinearMLP:
     """
 
     likelihood = "bernoulli"
+    label = None
 
     def __init__(
         self,

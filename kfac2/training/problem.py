@@ -17,6 +17,11 @@ class Problem(Protocol):
     def seeds(self) -> list[int]: ...
 
     @property
+    def label(self) -> str | None:
+        """What a record must say on its face: a smaller scale, other data. None: nothing."""
+        ...
+
+    @property
     def model(self) -> nn.Module: ...
 
     @property

@@ -25,6 +25,10 @@ class TrainingSettings:
     milestones: list[float] = field(default_factory=list)
     """Fractions of the run after which the learning rate is multiplied by ``lr_decay``."""
     lr_decay: float = 0.1
+    channels_last: bool = False
+    """Images and convolutions with the channels innermost in memory: faster, same numbers up to rounding."""
+    autocast: bool = False
+    """The forward pass in bfloat16 where torch deems it safe; parameters and losses stay float32."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -56,10 +60,12 @@ class Training:
 
     def __init__(self, problem: Problem, factory: OptimizerFactory, settings: TrainingSettings):
         self.problem, self.settings = problem, settings
+        if settings.channels_last:  # before the optimizer sees the parameters
+            problem.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.optimizer = factory(
             problem.model, likelihood=problem.likelihood, generator=problem.label_generators
         )
-        milestones = [round(fraction * settings.epochs) for fraction in settings.milestones]
+        milestones = [max(1, round(fraction * settings.epochs)) for fraction in settings.milestones]
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(
             self.optimizer, milestones, gamma=settings.lr_decay
         )
@@ -89,7 +95,7 @@ class Training:
             checkpoint = directory.load_checkpoint(torch.device("cpu"))
             if checkpoint is not None:
                 self.load_state_dict(checkpoint)
-            directory.write_provenance(complete=False, device=device_name(device))
+            directory.write_provenance(False, device_name(device), self.problem.label)
             tracker.start(directory.config, first_epoch=self.epoch + 1)
             with tqdm(
                 total=self.settings.epochs,
@@ -108,7 +114,7 @@ class Training:
                     bar.set_postfix_str(f"loss {losses}", refresh=False)
                     bar.update()
             directory.write_curves(self.rows)
-            directory.finish(device_name(device))
+            directory.finish(device_name(device), self.problem.label)
             tracker.finish(self.rows)
         return self.rows
 
@@ -139,7 +145,7 @@ class Training:
         averages = Averages()
         for inputs, targets in problem.train_batches(self.settings.batch_size):
             optimizer.zero_grad()
-            output = problem.model(inputs)
+            output = self._forward(inputs)
             optimizer.update_curvature(output)
             losses = problem.losses(output, targets)
             losses.sum().backward()
@@ -158,13 +164,19 @@ class Training:
         self.problem.model.eval()
         averages = Averages()
         for inputs, targets in self.problem.test_batches():
-            output = self.problem.model(inputs)
+            output = self._forward(inputs)
             averages.add(
                 targets.shape[-1],
                 loss=self.problem.losses(output, targets),
                 accuracy=self.problem.accuracies(output, targets),
             )
         return averages.means()
+
+    def _forward(self, inputs: Tensor) -> Tensor:
+        if self.settings.channels_last and inputs.dim() == 4:
+            inputs = inputs.to(memory_format=torch.channels_last)
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.settings.autocast):
+            return self.problem.model(inputs)
 
     def state_dict(self) -> dict[str, Any]:
         return {
