@@ -14,6 +14,7 @@ from kfac2.curvature.inverses import eigh_or_nan
 
 COARSE_FISHERS = ("kronecker", "exact")
 COARSE_GRIDS = ("pairwise", "common")
+STATE = ("grams", "seen", "inverse", "inverts_indefinite")
 
 LARGEST_PART = 2**20
 """Numbers that are made float64 at once: many samples are taken in parts."""
@@ -88,6 +89,8 @@ class CoarseSpace:
         self.grams = torch.zeros(grams, *shape, dtype=torch.float64, device=device)
         self.seen = torch.zeros(shape, dtype=torch.bool, device=device)
         self.inverse = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
+        self.inverts_indefinite = torch.zeros(replicas, dtype=torch.bool, device=device)
+        """Which replicas' inverse is of a matrix with a clearly negative eigenvalue."""
         self.discard_sample()
 
     def accumulate(self, maps: Maps) -> None:
@@ -162,11 +165,13 @@ class CoarseSpace:
         values, vectors = eigh_or_nan(self.matrix())
         inverse = (vectors / (values.abs() + damping)[:, None, :]) @ vectors.mT
         threshold = (1e-6 * values.abs().amax(-1)).clamp(min=damping)
-        self.indefinite += int((values.amin(-1) < -threshold).sum())
+        indefinite = values.amin(-1) < -threshold
+        self.indefinite += int(indefinite.sum())
         seen = self.seen.diagonal(dim1=-2, dim2=-1)
         inverse = torch.where(seen[:, :, None] & seen[:, None, :], inverse, 0.0)
         good = finite_matrices(inverse) & seen.any(-1)
         self.inverse = torch.where(matrices(good), inverse, self.inverse)
+        self.inverts_indefinite = torch.where(good, indefinite, self.inverts_indefinite)
         return ~good
 
     def has_inverse(self) -> Tensor:
@@ -192,16 +197,11 @@ class CoarseSpace:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "grams": self.grams,
-            "seen": self.seen,
-            "inverse": self.inverse,
-            "indefinite": self.indefinite,
-        }
+        return {name: getattr(self, name) for name in STATE} | {"indefinite": self.indefinite}
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ``ValueError`` where the state belongs to another number of layers or another Fisher."""
-        for name in ("grams", "seen", "inverse"):
+        for name in STATE:
             old, new = getattr(self, name), state[name]
             if new.shape != old.shape:
                 raise ValueError(
@@ -211,7 +211,7 @@ class CoarseSpace:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a checked state."""
-        for name in ("grams", "seen", "inverse"):
+        for name in STATE:
             old = getattr(self, name)
             setattr(self, name, state[name].to(old.device, old.dtype))
         self.indefinite = state["indefinite"]

@@ -28,7 +28,7 @@ class KFAC(torch.optim.SGD):
             criterion(output, y).backward()
             optimizer.step()
 
-    Linear layers are preconditioned; every other parameter takes the plain SGD update
+    ``nn.Linear`` and ``nn.Conv2d`` are preconditioned (not in groups, padded with zeros); every other parameter takes the plain SGD update
     (``print(optimizer)`` or ``optimizer.coverage`` lists which and why). ``.grad`` stays the plain
     gradient. A layer without gradient is skipped; one that no refresh has seen yet takes plain steps.
 
@@ -172,7 +172,8 @@ class KFAC(torch.optim.SGD):
     @property
     def diagnostics(self) -> dict[str, Tensor]:
         """Of the latest step, per replica ``(R,)``: ``nu`` (ν of eq. 10), and with two levels
-        ``coarse_ratio``, the norm of the coarse correction relative to the one-level update."""
+        ``coarse_ratio``, the norm of the coarse correction relative to the one-level update, and
+        ``coarse_indefinite``, 1 where the coarse matrix had a clearly negative eigenvalue, else 0."""
         return self.preconditioner.diagnostics
 
     @property

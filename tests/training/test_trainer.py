@@ -108,6 +108,7 @@ def test_kfac_logs_its_diagnostics() -> None:
     (row, _) = training(factory=factory).train_epoch()
     assert 0 < row["nu"] <= 1
     assert row["coarse_ratio"] > 0
+    assert row["coarse_indefinite"] == 0
 
 
 def test_a_diverged_seed_is_recorded_and_the_other_goes_on() -> None:
