@@ -28,9 +28,10 @@ class KFAC(torch.optim.SGD):
             criterion(output, y).backward()
             optimizer.step()
 
-    ``nn.Linear`` and ``nn.Conv2d`` are preconditioned (not in groups, padded with zeros); every other parameter takes the plain SGD update
-    (``print(optimizer)`` or ``optimizer.coverage`` lists which and why). ``.grad`` stays the plain
-    gradient. A layer without gradient is skipped; one that no refresh has seen yet takes plain steps.
+    ``nn.Linear`` and ``nn.Conv2d`` are preconditioned (convolutions in one group, padded with zeros);
+    every other parameter takes the plain SGD update (``print(optimizer)`` or ``optimizer.coverage`` lists
+    which and why). ``.grad`` stays the plain gradient. A layer without gradient is skipped; one that no
+    refresh has seen yet takes plain steps.
 
     Args:
         model: the module whose forward pass makes the output. Not compiled, not data-parallel.

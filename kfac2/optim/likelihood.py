@@ -57,11 +57,11 @@ def _categorical_loss(output: Tensor, labels: Tensor) -> Tensor:
 
 
 def _bernoulli_loss(output: Tensor, labels: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(output, labels.to(output.dtype), reduction="sum")
+    return F.binary_cross_entropy_with_logits(_wide(output), _wide(labels.to(output.dtype)), reduction="sum")
 
 
 def _gaussian_loss(output: Tensor, labels: Tensor) -> Tensor:
-    return 0.5 * (output - labels).square().sum()
+    return 0.5 * (_wide(output) - labels).square().sum()
 
 
 LIKELIHOODS = {

@@ -37,7 +37,7 @@ each_resample = pytest.mark.parametrize("resample", ["nearest", "area"])
 
 @pytest.fixture(autouse=True)
 def in_float64() -> Iterator[None]:
-    with float64(int(__import__("os").environ.get("SEED",0))):
+    with float64():
         yield
 
 
