@@ -8,9 +8,24 @@ TRACKING ?= wandb
 TRAIN_MLP := $(BIN)/python -m experiments.train -m problem=deep_linear_mlp optimizer=$(OPTIMIZERS) \
 	hydra/launcher=joblib tracking=$(TRACKING)
 
+TRAIN_RESNET = $(BIN)/python scripts/train_resnet.py --scale=$(SCALE) $(if $(SEEDS),--seeds=$(SEEDS)) \
+	tracking=$(TRACKING)
+HAVE_CIFAR10 := $(BIN)/python scripts/get_cifar10.py
+
+# Of the ResNet: SCALE=preview|reduced|full on the command line. Otherwise it is found out when a recipe
+# needs it, because torch comes with the environment.
+ifneq ($(origin SCALE),undefined)
+ifneq ($(words $(SCALE) $(filter preview reduced full,$(SCALE))),2)
+$(error SCALE=$(SCALE): choose preview, reduced or full)
+endif
+DRAWN_SCALE := --scale=$(SCALE)
+endif
+SCALE ?= $(shell $(BIN)/python -c 'import torch; print("full" if torch.cuda.is_available() else "preview")')
+
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce-figure1 reproduce-figure2 runs-mlp figure1 figure2 test lint format \
-	benchmark clean
+.PHONY: help setup reproduce-figure1 reproduce-figure2 reproduce-figure3 runs-mlp runs-resnet \
+	runs-resnet-control runs-resnet-where-possible figure1 figure2 figure3 test lint format benchmark clean
+.NOTPARALLEL: # every training uses all cores itself
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,17 +42,35 @@ $(READY): pyproject.toml requirements.lock
 runs-mlp: $(READY) ## train what is missing of the deep linear MLP, into runs/
 	$(TRAIN_MLP)
 
-reproduce-figure1: runs-mlp ## train what is missing and draw Figure 1 from it, with a verdict
-	$(BIN)/python scripts/plot_figure1.py --records runs --reference results --output runs/figures
+runs-resnet: $(READY) ## train what is missing of the ResNet at SCALE=preview|reduced|full, into runs/
+	$(HAVE_CIFAR10)
+	@$(TRAIN_RESNET) optimizer=$(OPTIMIZERS)
 
-reproduce-figure2: runs-mlp ## the same for Figure 2 (same runs)
+runs-resnet-control: $(READY) ## the same for SGD and Adam at the batch size of K-FAC
+	$(HAVE_CIFAR10)
+	@$(TRAIN_RESNET) optimizer=sgd,adam training.batch_size=128
+
+runs-resnet-where-possible: $(READY)
+	@if $(HAVE_CIFAR10); then $(TRAIN_RESNET) optimizer=$(OPTIMIZERS); \
+	else echo "no CIFAR-10: the ResNet is not trained, and drawn from the records there are (runs/, else results/)"; fi
+
+reproduce-figure1: runs-mlp runs-resnet-where-possible ## train what is missing, draw Figure 1, with a verdict
+	$(BIN)/python scripts/plot_figure1.py --records runs --reference results --output runs/figures --scale=$(SCALE)
+
+reproduce-figure2: runs-mlp ## the same for Figure 2 (the MLP of Figure 1)
 	$(BIN)/python scripts/plot_figure2.py --records runs --output runs/figures
 
+reproduce-figure3: runs-resnet-where-possible ## the same for Figure 3 (the ResNet of Figure 1)
+	$(BIN)/python scripts/plot_figure3.py --records runs --reference results --output runs/figures --scale=$(SCALE)
+
 figure1: $(READY) ## redraw Figure 1 from the committed records, without training
-	$(BIN)/python scripts/plot_figure1.py --records results --reference results --output results/figures
+	$(BIN)/python scripts/plot_figure1.py --records results --reference results --output results/figures $(DRAWN_SCALE)
 
 figure2: $(READY) ## redraw Figure 2 from the committed records
 	$(BIN)/python scripts/plot_figure2.py --records results --output results/figures
+
+figure3: $(READY) ## redraw Figure 3 from the committed records
+	$(BIN)/python scripts/plot_figure3.py --records results --reference results --output results/figures $(DRAWN_SCALE)
 
 test: $(READY) ## the tests (minutes)
 	$(BIN)/python -m pytest -n 2
@@ -55,6 +88,7 @@ benchmark: $(READY) ## time the optimizers against each other and their peers
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[bench]'
 	$(BIN)/python -m benchmarks.mlp
 	$(BIN)/python -m benchmarks.depth
+	$(BIN)/python -m benchmarks.resnet
 
 clean: ## remove the environment (records stay)
 	rm -rf $(VENV)

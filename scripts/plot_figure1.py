@@ -1,4 +1,7 @@
-"""Draw Figure 1, training loss against epochs and seconds, and compare it with the committed."""
+"""Draw Figure 1, training loss against epochs and seconds, with the numbers behind it.
+
+Left the deep linear MLP, compared with the committed records; right the ResNet, if there are records.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +14,12 @@ from kfac2.figures import (
     RecordError,
     figure1,
     figure1_seconds,
+    final_markdown,
     load_records,
     save_figure,
     summarize,
 )
-from kfac2.figures.arguments import plot_arguments, read_records
+from kfac2.figures.arguments import add_resnet_arguments, plot_arguments, read_records, read_resnet
 
 PROBLEM = "deep_linear_mlp"
 TITLE = "64-layer linear MLP"
@@ -23,24 +27,26 @@ TITLE = "64-layer linear MLP"
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = plot_arguments(__doc__)
-    parser.add_argument(
-        "--reference",
-        type=Path,
-        default="results",
-        help="directory of the committed records to compare with; may be missing",
-    )
+    add_resnet_arguments(parser)
     arguments = parser.parse_args(argv)
     frame = read_records(arguments, PROBLEM)
     is_reference = arguments.reference.resolve() == arguments.records.resolve()
     reference = None if is_reference else read_reference(arguments.reference)
 
     panels = [Panel(TITLE, frame)]
+    markdown = f"## {TITLE}\n\n{summarize(frame, reference, is_reference=is_reference).markdown}"
+    try:
+        resnet, controls = read_resnet(arguments)
+        panels.append(resnet)
+        markdown += f"\n{final_markdown(resnet, controls)}"
+    except NoRecordsError as error:
+        print(f"Figure 1 without its right panel: {error}")
+
     paths = save_figure(figure1(panels), arguments.output, "figure1")
     paths += save_figure(figure1_seconds(panels), arguments.output, "figure1_seconds")
-    summary = summarize(frame, reference, is_reference=is_reference)
     table = arguments.output / "figure1.md"
-    table.write_text(summary.markdown, encoding="utf-8")
-    print(summary.markdown)
+    table.write_text(markdown, encoding="utf-8")
+    print(markdown)
     print("wrote", ", ".join(str(path) for path in [*paths, table]))
 
 

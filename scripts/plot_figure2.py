@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from kfac2.figures import Panel, figure2, save_figure
+from kfac2.figures import Panel, accuracy_figure, save_figure
 from kfac2.figures.arguments import plot_arguments, read_records
 
 
@@ -10,7 +10,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = plot_arguments(__doc__).parse_args(argv)
     frame = read_records(arguments, "deep_linear_mlp")
     panel = Panel("64-layer linear MLP", frame)
-    paths = save_figure(figure2(panel), arguments.output, "figure2")
+    paths = save_figure(accuracy_figure(panel), arguments.output, "figure2")
     print("wrote", ", ".join(str(path) for path in paths))
 
 

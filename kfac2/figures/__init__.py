@@ -1,15 +1,10 @@
 """Figures and tables from the records of training: DataFrame in, Figure out."""
 
 from kfac2.figures.curves import accuracy_against_epochs, loss_against_epochs, loss_against_seconds
-from kfac2.figures.figures import Panel, figure1, figure1_seconds, figure2, save_figure
-from kfac2.figures.records import (
-    NoRecordsError,
-    Record,
-    RecordError,
-    by_optimizer,
-    load_record,
-    load_records,
-)
+from kfac2.figures.figures import Panel, accuracy_figure, figure1, figure1_seconds, save_figure
+from kfac2.figures.finals import final_markdown, final_table, order_table
+from kfac2.figures.long_table import by_optimizer, load_records
+from kfac2.figures.records import NoRecordsError, Record, RecordError, load_record
 from kfac2.figures.statistics import seed_interval, seed_median, seed_table
 from kfac2.figures.summary import Summary, summarize
 
@@ -20,14 +15,17 @@ __all__ = [
     "RecordError",
     "Summary",
     "accuracy_against_epochs",
+    "accuracy_figure",
     "by_optimizer",
     "figure1",
     "figure1_seconds",
-    "figure2",
+    "final_markdown",
+    "final_table",
     "load_record",
     "load_records",
     "loss_against_epochs",
     "loss_against_seconds",
+    "order_table",
     "save_figure",
     "seed_interval",
     "seed_median",

@@ -1,11 +1,16 @@
-"""Command-line arguments the plot scripts share."""
+"""Command-line arguments the plot scripts share, and the records they ask for."""
 
 import argparse
 from pathlib import Path
 
 import pandas as pd
 
-from kfac2.figures.records import RecordError, load_records
+from kfac2.figures.figures import Panel
+from kfac2.figures.long_table import load_records
+from kfac2.figures.records import NoRecordsError, RecordError
+from kfac2.figures.scales import SCALES, find_resnet
+
+CONTROL = "batch_size=128"  # SGD and Adam at the K-FACs' batch: in the table, not in the figure
 
 
 def plot_arguments(description: str | None) -> argparse.ArgumentParser:
@@ -24,6 +29,19 @@ def plot_arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def add_resnet_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where else the ResNet's records may be, and which of them to draw."""
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        default="results",
+        help="directory of the committed records; may be missing",
+    )
+    parser.add_argument(
+        "--scale", choices=SCALES, help="of the ResNet (default: the largest with all four optimizers)"
+    )
+
+
 def read_records(arguments: argparse.Namespace, problem: str) -> pd.DataFrame:
     """The records the arguments ask for; exits with a message if there are none to draw."""
     try:
@@ -35,3 +53,38 @@ def read_records(arguments: argparse.Namespace, problem: str) -> pd.DataFrame:
         )
     except RecordError as error:
         raise SystemExit(f"error: {error}") from None
+
+
+def read_resnet(arguments: argparse.Namespace) -> tuple[Panel, pd.DataFrame | None]:
+    """The ResNet's panel, and its controls if there are any.
+
+    Raises:
+        NoRecordsError: there is none to draw, here or committed.
+    """
+
+    def read(root: Path, problem: str) -> pd.DataFrame:
+        if root != arguments.records:
+            return load_records(root, problem)
+        return load_records(
+            root, problem, variant=arguments.variant, allow_incomplete=arguments.allow_incomplete
+        )
+
+    try:
+        found = find_resnet(read, arguments.records, arguments.reference, arguments.scale)
+        controls = _read_controls(found.root, found.scale.problem)
+    except NoRecordsError:
+        raise
+    except RecordError as error:
+        raise SystemExit(f"error: {error}") from None
+    wanted = SCALES[arguments.scale].problem if arguments.scale else found.scale.problem
+    if (found.root, found.scale.problem) != (arguments.records, wanted):
+        print(f"{wanted}: nothing to draw in {arguments.records}; drawn: {found.root / found.scale.problem}")
+    note = "" if found.root == arguments.records else "committed records"
+    return Panel(found.scale.title, found.frame, note), controls
+
+
+def _read_controls(root: Path, problem: str) -> pd.DataFrame | None:
+    try:
+        return load_records(root, problem, variant=CONTROL)
+    except NoRecordsError:
+        return None

@@ -14,14 +14,21 @@ from matplotlib.figure import Figure
 from kfac2.figures import curves
 from kfac2.figures.style import PANEL_SIZE, RC, Style, optimizer_styles
 
-TITLE_WIDTH = 48  # characters that fit above one panel
+TITLE_WIDTH = 45  # characters that fit above one panel
 
 
 class Panel(NamedTuple):
-    """One experiment: the title of its panel, and its records as ``load_records`` returns them."""
+    """One experiment: the title of its panel, its records as ``load_records`` returns them, and what
+    else its face must say."""
 
     title: str
     frame: pd.DataFrame
+    note: str = ""
+
+    @property
+    def remarks(self) -> str:
+        """All that must be said of these numbers wherever they are shown."""
+        return "; ".join(filter(None, (curves.remarks(self.frame), self.note)))
 
 
 def figure1(panels: Sequence[Panel]) -> Figure:
@@ -30,7 +37,7 @@ def figure1(panels: Sequence[Panel]) -> Figure:
 
     def draw(axes: Axes, panel: Panel) -> None:
         curves.loss_against_epochs(axes, panel.frame, styles=styles)
-        _set_title(axes, panel.title, curves.remarks(panel.frame))
+        _set_title(axes, panel.title, panel.remarks)
 
     return _figure([partial(draw, panel=panel) for panel in panels])
 
@@ -42,17 +49,17 @@ def figure1_seconds(panels: Sequence[Panel]) -> Figure:
     def draw(axes: Axes, panel: Panel) -> None:
         curves.loss_against_seconds(axes, panel.frame, styles=styles)
         title = f"{panel.title} ({curves.machines(panel.frame)})"
-        _set_title(axes, title, curves.remarks(panel.frame))
+        _set_title(axes, title, panel.remarks)
 
     return _figure([partial(draw, panel=panel) for panel in panels])
 
 
-def figure2(panel: Panel) -> Figure:
-    """Training and test accuracy against epochs of one experiment (the paper's Figure 2)."""
+def accuracy_figure(panel: Panel) -> Figure:
+    """Training and test accuracy against epochs of one experiment (the paper's Figure 2, or 3)."""
 
     def draw(axes: Axes, metric: str) -> None:
         curves.accuracy_against_epochs(axes, panel.frame, metric)
-        _set_title(axes, panel.title, curves.remarks(panel.frame))
+        _set_title(axes, panel.title, panel.remarks)
 
     return _figure([partial(draw, metric=m) for m in ("train_accuracy", "test_accuracy")])
 

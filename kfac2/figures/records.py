@@ -1,14 +1,12 @@
-"""Reading the records that training leaves behind.
+"""Reading one record that training leaves behind.
 
-A record is a directory ``<root>/<problem>/<optimizer>/<variant>/`` with two files: ``curves.csv``,
-one row per (seed, epoch), and ``provenance.json``, the resolved configuration and where the numbers
-come from.
+A record is a directory ``<root>/<problem>/<optimizer>/<variant>/``, or ``seed=<s>/`` in it where every
+seed is trained alone, with two files: ``curves.csv``, one row per (seed, epoch), and
+``provenance.json``, the resolved configuration and where the numbers come from.
 """
 
 import json
-import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -19,6 +17,7 @@ import pandas as pd
 
 CURVES = "curves.csv"
 PROVENANCE = "provenance.json"
+SEED_PREFIX = "seed="
 REQUIRED_COLUMNS = (
     "seed",
     "epoch",
@@ -53,16 +52,25 @@ class Record:
 
     @property
     def problem(self) -> str:
-        return _config_value(self.provenance, self.path, "problem", "name")
+        return config_value(self.provenance, self.path, "problem", "name")
 
     @property
     def optimizer(self) -> str:
-        return _config_value(self.provenance, self.path, "optimizer", "name")
+        return config_value(self.provenance, self.path, "optimizer", "name")
 
     @property
     def variant(self) -> str:
         """``paper`` for the paper's settings, otherwise the overrides, such as ``lr=0.01``."""
-        return self.path.name
+        return self.path.parent.name if self.is_one_seed else self.path.name
+
+    @property
+    def is_one_seed(self) -> bool:
+        """Whether it lies in a directory ``seed=<s>`` of its variant."""
+        return self.path.name.startswith(SEED_PREFIX)
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted(set(self.curves["seed"]))
 
     @property
     def complete(self) -> bool:
@@ -83,91 +91,13 @@ def load_record(path: str | Path) -> Record:
             is marked complete but lacks seeds or epochs of its own configuration.
     """
     path = Path(path)
-    record = Record(path, _read_curves(path / CURVES), _read_provenance(path / PROVENANCE))
+    record = Record(path, _read_curves(path / CURVES), read_provenance(path / PROVENANCE))
     if record.complete:
         _check_complete(record)
     return record
 
 
-def load_records(
-    root: str | Path,
-    problem: str,
-    *,
-    variant: str | None = "paper",
-    allow_incomplete: bool = False,
-) -> pd.DataFrame:
-    """Read the records of one problem into one long table.
-
-    Args:
-        root: directory that holds ``<problem>/<optimizer>/<variant>/``.
-        problem: name of the problem.
-        variant: name of the variant; None reads them all.
-        allow_incomplete: read unfinished records too instead of skipping them with a warning.
-
-    Returns:
-        One row per (optimizer, variant, seed, epoch): the columns of ``curves.csv``, preceded by
-        ``problem``, ``optimizer``, ``variant`` and, from the provenance, ``complete``, ``label``
-        (empty if there is none), ``device`` and ``threads``.
-
-    Raises:
-        NoRecordsError: nothing to read; the message says which command makes the records.
-        RecordError: a record is damaged; see ``load_record``.
-    """
-    frames = []
-    unfinished = []
-    for path in _record_directories(Path(root), problem, variant):
-        complete = _read_provenance(path / PROVENANCE)["complete"]
-        if not complete and not (allow_incomplete and (path / CURVES).exists()):
-            unfinished.append(str(path))
-            continue
-        record = load_record(path)
-        if (record.problem, record.optimizer) != path.parts[-3:-1]:
-            raise RecordError(
-                f"{path}: the record inside is of problem {record.problem!r} and optimizer "
-                f"{record.optimizer!r}; move it to the directory of that name"
-            )
-        frames.append(_long_format(record))
-    if unfinished:
-        warnings.warn(f"skipped unfinished records: {', '.join(unfinished)}", stacklevel=2)
-    if not frames:
-        raise NoRecordsError(_nothing_found(Path(root), problem, variant, unfinished))
-    return pd.concat(frames, ignore_index=True)
-
-
-def by_optimizer(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The long table of ``load_records`` split into one table per optimizer."""
-    return {str(name): curves for name, curves in frame.groupby("optimizer", sort=False)}
-
-
-def _record_directories(root: Path, problem: str, variant: str | None) -> Iterator[Path]:
-    for path in sorted((root / problem).glob("*/*")):
-        if variant in (None, path.name) and any((path / name).exists() for name in (CURVES, PROVENANCE)):
-            yield path
-
-
-def _nothing_found(root: Path, problem: str, variant: str | None, unfinished: list[str]) -> str:
-    command = f"python -m experiments.train -m problem={problem} optimizer=sgd,adam,kfac,two_level_kfac"
-    where = root / problem / "<optimizer>" / (variant or "<variant>")
-    if unfinished:
-        return f"no finished records in {where}; the same training command resumes them: {command}"
-    return f"no records in {where}; make them with: {command}"
-
-
-def _long_format(record: Record) -> pd.DataFrame:
-    origin = {
-        "problem": record.problem,
-        "optimizer": record.optimizer,
-        "variant": record.variant,
-        "complete": record.complete,
-        "label": record.label or "",
-        "device": str(record.provenance.get("device", "")),
-        "threads": record.provenance.get("threads"),
-    }
-    columns = pd.DataFrame(origin, index=record.curves.index)
-    return pd.concat([columns, record.curves], axis=1)
-
-
-def _read_provenance(path: Path) -> dict[str, Any]:
+def read_provenance(path: Path) -> dict[str, Any]:
     try:
         provenance = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -225,19 +155,18 @@ def _check_rows(path: Path, curves: pd.DataFrame) -> None:
 
 
 def _check_complete(record: Record) -> None:
-    planned = _config_value(record.provenance, record.path, "training", "epochs")
+    planned = config_value(record.provenance, record.path, "training", "epochs")
     found = max(record.curves["epoch"])
     if found != planned:
         raise RecordError(f"{record.path} is marked complete but has {found} of {planned} epochs")
-    seeds = set(_config_value(record.provenance, record.path, "seeds"))
-    if seeds != set(record.curves["seed"]):
+    seeds = sorted(set(config_value(record.provenance, record.path, "seeds")))
+    if seeds != record.seeds:
         raise RecordError(
-            f"{record.path} is marked complete but its seeds are "
-            f"{sorted(set(record.curves['seed']))} instead of {sorted(seeds)}"
+            f"{record.path} is marked complete but its seeds are {record.seeds} instead of {seeds}"
         )
 
 
-def _config_value(provenance: dict[str, Any], path: Path, *keys: str) -> Any:
+def config_value(provenance: dict[str, Any], path: Path, *keys: str) -> Any:
     try:
         return reduce(lambda node, key: node[key], keys, provenance["config"])
     except (KeyError, TypeError):

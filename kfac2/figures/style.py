@@ -22,7 +22,7 @@ OPTIMIZERS: Mapping[str, Style] = {
 OTHER_COLORS = ("#009E73", "#CC79A7", "#000000", "#F0E442")
 
 # Matplotlib settings for a figure printed at its own size, one column (3.3 inches) per panel.
-PANEL_SIZE = (3.3, 2.6)
+PANEL_SIZE = (3.3, 3.1)
 RC: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,

@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 
 from kfac2.figures.curves import machines, remarks, seed_counts
-from kfac2.figures.records import by_optimizer
+from kfac2.figures.long_table import by_optimizer
+from kfac2.figures.markdown import markdown_table, mean_with_interval, number
 from kfac2.figures.statistics import seed_interval, seed_median, seed_table
 from kfac2.figures.style import optimizer_styles
 from kfac2.figures.verdict import RULE, Check, check_rule, verdict
@@ -110,11 +111,11 @@ def _markdown(
         (
             labels[row["optimizer"]],
             str(row["epoch"]),
-            _number(row["median"]),
-            f"{_number(row['mean'])} [{_number(row['low'])}, {_number(row['high'])}]",
-            _number(row["diverged"], "{:.0f}"),
-            _number(row["slow"], "{:.0f}"),
-            _number(row["committed"]),
+            number(row["median"]),
+            mean_with_interval(row["mean"], row["low"], row["high"]),
+            number(row["diverged"], "{:.0f}"),
+            number(row["slow"], "{:.0f}"),
+            number(row["committed"]),
         )
         for row in losses.to_dict("records")
     ]
@@ -122,9 +123,9 @@ def _markdown(
         (
             labels[row["optimizer"]],
             str(row["epochs"]),
-            _number(row["seconds"], "{:.1f}"),
-            _number(row["median"]),
-            _number(row["committed"]),
+            number(row["seconds"], "{:.1f}"),
+            number(row["median"]),
+            number(row["committed"]),
         )
         for row in ends.to_dict("records")
     ]
@@ -137,25 +138,11 @@ def _markdown(
         f"Training loss over {seed_counts(frame)}. The mean and its interval leave diverged seeds "
         f"out; slow: seeds with a loss above {SLOW_LOSS}.",
         remarks(frame),
-        _table(header, loss_rows),
+        markdown_table(header, loss_rows),
         f"Wall-clock time of a run, all its seeds side by side ({machines(frame)}).",
-        _table(end_header, end_rows),
+        markdown_table(end_header, end_rows),
         RULE,
-        _table(("part of the rule", "answer", "numbers"), checks),
+        markdown_table(("part of the rule", "answer", "numbers"), checks),
         f"**Verdict: {answer}.**" if not is_reference else "These are the committed records themselves.",
     ]
     return "\n\n".join(filter(None, paragraphs)) + "\n"
-
-
-def _number(value: float, form: str = "{:.4f}") -> str:
-    return "-" if np.isnan(value) else form.format(value)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it reads well as plain text too."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    )

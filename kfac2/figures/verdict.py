@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import pandas as pd
 
 from kfac2.figures.curves import remarks
-from kfac2.figures.records import by_optimizer
+from kfac2.figures.long_table import by_optimizer
 from kfac2.figures.statistics import seed_median, seed_table
 from kfac2.figures.style import OPTIMIZERS
 

@@ -7,7 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kfac2.figures.style import RC
+
 WriteRecord = Callable[..., Path]
+PREVIEW = "resnet20_cifar10_preview"
+PREVIEW_LABEL = "preview: ResNet20, 5,000 images, 6 epochs; CIFAR-10 (JPEG copy)"
 FLOORS = {"sgd": 0.08, "adam": 0.06, "kfac": 0.054, "two_level_kfac": 0.035}
 
 
@@ -34,34 +38,54 @@ def synthetic_curves(optimizer: str, seeds: Sequence[int], epochs: int) -> pd.Da
     return pd.concat(frames, ignore_index=True)
 
 
+@pytest.fixture(autouse=True)
+def coarse_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saving is most of the time of these tests."""
+    monkeypatch.setitem(RC, "savefig.dpi", 50)
+
+
+def write_files(path: Path, curves: pd.DataFrame, provenance: dict[str, Any]) -> None:
+    path.mkdir(parents=True)
+    curves.to_csv(path / "curves.csv", index=False, na_rep="nan")
+    (path / "provenance.json").write_text(json.dumps(provenance))
+
+
 @pytest.fixture
 def write_record(tmp_path: Path) -> WriteRecord:
-    """Write a synthetic record under ``tmp_path / root`` and return its directory."""
+    """Write a synthetic record under ``tmp_path / root`` and return its directory.
+
+    ``one_record_per_seed``: it holds a directory ``seed=<s>`` for each, as the ResNet's do.
+    """
 
     def write(
         optimizer: str = "kfac",
         *,
         root: str = "runs",
+        problem: str = "deep_linear_mlp",
         variant: str = "paper",
         seeds: Sequence[int] = (0, 1, 2, 3, 4),
         epochs: int = 100,
+        one_record_per_seed: bool = False,
         edit: Callable[[pd.DataFrame], Any] | None = None,
         **provenance: Any,
     ) -> Path:
-        path = tmp_path / root / "deep_linear_mlp" / optimizer / variant
-        path.mkdir(parents=True)
+        path = tmp_path / root / problem / optimizer / variant
         curves = synthetic_curves(optimizer, seeds, epochs)
         if edit is not None:
             edit(curves)
-        curves.to_csv(path / "curves.csv", index=False, na_rep="nan")
         config = {
-            "problem": {"name": "deep_linear_mlp"},
+            "problem": {"name": problem},
             "optimizer": {"name": optimizer},
             "training": {"epochs": epochs},
             "seeds": list(seeds),
         }
         written = {"config": config, "complete": True, "label": None, "device": "cpu", "threads": 1}
-        (path / "provenance.json").write_text(json.dumps(written | provenance))
+        written |= provenance
+        if not one_record_per_seed:
+            write_files(path, curves, written)
+        for seed, of_seed in curves.groupby("seed") if one_record_per_seed else ():
+            own = written | {"config": config | {"seeds": [seed]}}
+            write_files(path / f"seed={seed}", of_seed, own)
         return path
 
     return write
@@ -74,5 +98,27 @@ def write_all(write_record: WriteRecord) -> Callable[..., None]:
     def write(**options: Any) -> None:
         for optimizer in FLOORS:
             write_record(optimizer, **options)
+
+    return write
+
+
+@pytest.fixture
+def write_resnet(write_record: WriteRecord) -> WriteRecord:
+    """Write one record per seed of the ResNet at preview scale, of one optimizer."""
+
+    def write(optimizer: str = "kfac", **options: Any) -> Path:
+        defaults = {"problem": PREVIEW, "epochs": 6, "label": PREVIEW_LABEL}
+        return write_record(optimizer, one_record_per_seed=True, **(defaults | options))
+
+    return write
+
+
+@pytest.fixture
+def write_all_resnets(write_resnet: WriteRecord) -> Callable[..., None]:
+    """The same of the paper's four optimizers."""
+
+    def write(**options: Any) -> None:
+        for optimizer in FLOORS:
+            write_resnet(optimizer, **options)
 
     return write

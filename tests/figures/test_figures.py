@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 
 from kfac2.figures import (
     Panel,
+    accuracy_figure,
     figure1,
     figure1_seconds,
-    figure2,
     load_records,
     loss_against_epochs,
     save_figure,
@@ -62,8 +62,8 @@ def test_figure1_seconds(frame: pd.DataFrame) -> None:
     assert np.asarray(axes.lines[2].get_xdata()) == pytest.approx(np.arange(1, 11))
 
 
-def test_figure2(frame: pd.DataFrame) -> None:
-    axes = figure2(Panel("MLP", frame)).axes
+def test_accuracy_figure(frame: pd.DataFrame) -> None:
+    axes = accuracy_figure(Panel("MLP", frame)).axes
     assert [a.get_ylabel() for a in axes] == ["training accuracy", "test accuracy"]
     assert [a.get_yscale() for a in axes] == ["linear", "linear"]
     sgd = frame[frame["optimizer"] == "sgd"].pivot_table("test_accuracy", "epoch").to_numpy()
@@ -78,7 +78,7 @@ def test_diverged_seeds_are_counted_in_every_legend(
 
     write_record("two_level_kfac", epochs=10, edit=diverge)
     panel = Panel("MLP", load_records(tmp_path / "runs", PROBLEM))
-    for figure in (figure1([panel]), figure1_seconds([panel]), figure2(panel)):
+    for figure in (figure1([panel]), figure1_seconds([panel]), accuracy_figure(panel)):
         for axes in figure.axes:
             assert legend(axes) == ["two-level K-FAC (2 of 5 seeds diverged)"]
             assert np.isfinite(np.asarray(axes.lines[0].get_ydata(), dtype=float)).all()
@@ -90,7 +90,7 @@ def test_all_seeds_diverged_at_once_still_draws(write_record: Callable[..., Path
 
     write_record("sgd", epochs=3, edit=diverge)
     panel = Panel("MLP", load_records(tmp_path / "runs", PROBLEM))
-    for figure in (figure1([panel]), figure1_seconds([panel]), figure2(panel)):
+    for figure in (figure1([panel]), figure1_seconds([panel]), accuracy_figure(panel)):
         assert legend(figure.axes[0]) == ["SGD (5 of 5 seeds diverged)"]
         save_figure(figure, tmp_path, "diverged")
 
@@ -99,7 +99,7 @@ def test_all_seeds_diverged_at_once_still_draws(write_record: Callable[..., Path
 def test_the_face_says_what_the_records_are(write_record: Callable[..., Path], tmp_path: Path) -> None:
     write_record("sgd", epochs=3, label="preview")
     frame = load_records(tmp_path / "runs", PROBLEM)
-    for figure in (figure1([Panel("MLP", frame)]), figure2(Panel("MLP", frame))):
+    for figure in (figure1([Panel("MLP", frame)]), accuracy_figure(Panel("MLP", frame))):
         assert figure.axes[0].get_title() == "MLP\npreview"
     write_record("adam", epochs=3, complete=False)
     frame = load_records(tmp_path / "runs", PROBLEM, allow_incomplete=True)

@@ -74,9 +74,106 @@ def test_plot_figure2(write_all: Callable[..., None], tmp_path: Path) -> None:
     assert names == {"figure2.pdf", "figure2.png"}
 
 
+@pytest.fixture
+def places(tmp_path: Path) -> list[str | Path]:
+    roots = {"--records": "runs", "--reference": "results", "--output": "figures"}
+    return [part for name, root in roots.items() for part in (name, tmp_path / root)]
+
+
+@pytest.fixture
+def without_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of the text: most of a script's time is matplotlib's."""
+    monkeypatch.setattr("kfac2.figures.save_figure", lambda _, path, name: path.mkdir(exist_ok=True) or [])
+
+
+def test_figure1_with_both_panels(
+    write_all: Callable[..., None],
+    write_all_resnets: Callable[..., None],
+    write_resnet: Callable[..., Path],
+    places: list[str | Path],
+    tmp_path: Path,
+) -> None:
+    write_all()
+    write_all_resnets()
+    write_resnet("sgd", variant="batch_size=128")
+    write_all_resnets(root="results")
+    run_main("plot_figure1.py", *places, "--scale", "preview")
+    left, right = (tmp_path / "figures" / "figure1.md").read_text().split("\n## ")
+    assert left.startswith("## 64-layer linear MLP\n")
+    assert "**Verdict: not decided.**" in left
+    assert right.startswith("ResNet20 / CIFAR10\n\n**preview: ")
+    assert "| SGD, batch_size=128 " in right
+    assert "Verdict" not in right
+    assert "committed" not in right
+
+
+@pytest.mark.usefixtures("without_drawing")
+def test_the_right_panel_falls_back_on_committed_records(
+    write_all: Callable[..., None],
+    write_all_resnets: Callable[..., None],
+    places: list[str | Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_all()
+    write_all_resnets(root="results", problem="resnet110_cifar10_reduced", label="reduced: 15 epochs")
+    for script, table in (("plot_figure1.py", "figure1.md"), ("plot_figure3.py", "figure3.md")):
+        run_main(script, *places, "--scale", "preview")
+        committed = tmp_path / "results" / "resnet110_cifar10_reduced"
+        expected = f"resnet20_cifar10_preview: nothing to draw in {tmp_path / 'runs'}; drawn: {committed}\n"
+        assert capsys.readouterr().out.startswith(expected)
+        text = (tmp_path / "figures" / table).read_text()
+        assert "## ResNet110 / CIFAR10\n\n**reduced: 15 epochs; committed records**\n" in text
+
+
+@pytest.mark.usefixtures("without_drawing")
+@pytest.mark.filterwarnings("ignore:skipped unfinished")
+def test_the_left_panel_alone(
+    write_all: Callable[..., None],
+    write_resnet: Callable[..., Path],
+    places: list[str | Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_all()
+    write_resnet("sgd", complete=False)
+    run_main("plot_figure1.py", *places, "--scale", "preview")
+    assert capsys.readouterr().out.startswith("Figure 1 without its right panel: no finished records in ")
+    assert "ResNet" not in (tmp_path / "figures" / "figure1.md").read_text()
+    run_main("plot_figure1.py", *places, "--scale", "preview", "--allow-incomplete")
+    assert "incomplete**" in (tmp_path / "figures" / "figure1.md").read_text()
+
+
+def test_a_right_panel_does_not_replace_the_left(
+    write_all_resnets: Callable[..., None], places: list[str | Path]
+) -> None:
+    write_all_resnets()
+    with pytest.raises(SystemExit, match=r"^error: no records .*deep_linear_mlp"):
+        run_main("plot_figure1.py", *places)
+
+
+def test_a_damaged_right_panel_is_an_error(
+    write_all: Callable[..., None], write_resnet: Callable[..., Path], places: list[str | Path]
+) -> None:
+    write_all()
+    (write_resnet("kfac") / "seed=3" / "curves.csv").write_text("")
+    for script in ("plot_figure1.py", "plot_figure3.py"):
+        with pytest.raises(SystemExit, match=r"^error: .*seed=3.* is damaged"):
+            run_main(script, *places)
+
+
+def test_plot_figure3(
+    write_all_resnets: Callable[..., None], places: list[str | Path], tmp_path: Path
+) -> None:
+    write_all_resnets()
+    run_main("plot_figure3.py", *places)
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert names == {"figure3.pdf", "figure3.png", "figure3.md"}
+
+
 def test_no_records_fails_with_the_command(tmp_path: Path) -> None:
     # A SystemExit with a message prints it to stderr and exits with status 1.
-    for script in ("plot_figure1.py", "plot_figure2.py"):
+    for script in ("plot_figure1.py", "plot_figure2.py", "plot_figure3.py"):
         with pytest.raises(SystemExit, match=r"^error: no records .*python -m experiments\.train"):
             run_main(script, "--records", tmp_path, "--output", tmp_path / "figures")
     assert not (tmp_path / "figures").exists()

@@ -1,0 +1,24 @@
+"""Numbers and tables as Markdown text."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def number(value: float, form: str = "{:.4f}") -> str:
+    """``-`` for what is not there."""
+    return "-" if np.isnan(value) else form.format(value)
+
+
+def mean_with_interval(mean: float, low: float, high: float, form: str = "{:.4f}") -> str:
+    return f"{number(mean, form)} [{number(low, form)}, {number(high, form)}]"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded so that it reads well as plain text too."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )

@@ -1,0 +1,68 @@
+"""The ResNet experiment comes at three scales; which one there is to draw."""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from kfac2.figures.records import NoRecordsError
+from kfac2.figures.style import OPTIMIZERS
+
+
+class Scale(NamedTuple):
+    """One scale of the ResNet experiment: its problem's name, its title, and how many seeds it trains."""
+
+    problem: str
+    title: str
+    seeds: int
+
+
+SCALES = {  # largest first
+    "full": Scale("resnet110_cifar10", "ResNet110 / CIFAR10", 5),
+    "reduced": Scale("resnet110_cifar10_reduced", "ResNet110 / CIFAR10", 3),
+    "preview": Scale("resnet20_cifar10_preview", "ResNet20 / CIFAR10", 5),
+}
+Read = Callable[[Path, str], pd.DataFrame]
+
+
+class Found(NamedTuple):
+    """Records of the ResNet: the directory ``root`` that they were found in, scale and long table."""
+
+    root: Path
+    scale: Scale
+    frame: pd.DataFrame
+
+
+def find_resnet(read: Read, records: Path, reference: Path, scale: str | None = None) -> Found:
+    """The records of the ResNet to draw.
+
+    Args:
+        read: ``read(root, problem)`` returns a long table or raises ``NoRecordsError``.
+        records: the directory to look in first.
+        reference: the directory to look in where ``records`` has none.
+        scale: the wanted one of ``SCALES``. Where neither directory has it, and for None: the largest
+            scale with all of the paper's optimizers, else the largest that there is.
+
+    Raises:
+        NoRecordsError: no directory has any; of the wanted scale, or the smallest.
+    """
+    for root, name, needs_all in _places(records, reference, scale):
+        try:
+            frame = read(root, SCALES[name].problem)
+        except NoRecordsError:
+            continue
+        if not needs_all or set(OPTIMIZERS) <= set(frame["optimizer"]):
+            return Found(root, SCALES[name], frame)
+    wanted = SCALES[scale or "preview"]
+    return Found(records, wanted, read(records, wanted.problem))  # raises, and says how to make them
+
+
+def _places(records: Path, reference: Path, scale: str | None) -> Iterator[tuple[Path, str, bool]]:
+    """Directory, scale and whether all optimizers must be there, best first."""
+    roots: Sequence[Path] = (records, reference)
+    if scale:
+        yield from ((root, scale, False) for root in roots)
+        roots = (reference, records)
+    yield from ((root, name, needs_all) for needs_all, root, name in product((True, False), roots, SCALES))

@@ -1,0 +1,124 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from kfac2.figures import NoRecordsError, RecordError, load_records, seed_table
+
+PROBLEM = "resnet20_cifar10_preview"
+Write = Callable[..., Path]
+
+
+def change(directory: Path, **values: Any) -> None:
+    path = directory / "provenance.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change_config(directory: Path, key: str, **values: Any) -> None:
+    config = json.loads((directory / "provenance.json").read_text())["config"]
+    change(directory, config=config | {key: config[key] | values})
+
+
+def test_seeds_are_merged_into_their_variant(
+    write_resnet: Write, write_record: Write, tmp_path: Path
+) -> None:
+    write_resnet("sgd", seeds=[0, 2, 10])
+    write_resnet("sgd", variant="batch_size=128", seeds=[0])
+    frame = load_records(tmp_path / "runs", PROBLEM)
+    assert list(frame["seed"].unique()) == [0, 2, 10]
+    assert set(frame["variant"]) == {"paper"}
+    assert set(frame["replicas"]) == {1}
+    assert len(frame) == 3 * 6
+    every = load_records(tmp_path / "runs", PROBLEM, variant=None)
+    assert set(every["variant"]) == {"paper", "batch_size=128"}
+    write_record("sgd", problem="side_by_side", epochs=6, seeds=[0, 2, 10])
+    together = load_records(tmp_path / "runs", "side_by_side")
+    assert set(together["replicas"]) == {3}
+    for metric in ("train_loss", "test_accuracy", "seconds"):
+        assert seed_table(frame, metric).equals(seed_table(together, metric))
+
+
+def test_unfinished_seeds_are_left_out(write_resnet: Write, tmp_path: Path) -> None:
+    unfinished = write_resnet("sgd", seeds=[0, 1, 2]) / "seed=1"
+    write_resnet("adam", seeds=[0, 1, 2])
+    change(unfinished, complete=False)
+    (unfinished.with_name("seed=3")).mkdir()  # started, before its first file
+    with pytest.warns(UserWarning, match="unfinished records") as warned:
+        frame = load_records(tmp_path / "runs", PROBLEM)
+    assert str(unfinished) in str(warned[0].message)
+    seeds = frame.groupby("optimizer")["seed"].agg(set)
+    assert seeds.to_dict() == {"sgd": {0, 2}, "adam": {0, 1, 2}}
+
+
+def test_an_unfinished_seed_does_not_look_diverged(write_resnet: Write, tmp_path: Path) -> None:
+    unfinished = write_resnet("sgd", seeds=[0, 1, 2]) / "seed=1"
+    curves = pd.read_csv(unfinished / "curves.csv")
+    curves[curves["epoch"] <= 4].to_csv(unfinished / "curves.csv", index=False)
+    change(unfinished, complete=False)
+    frame = load_records(tmp_path / "runs", PROBLEM, allow_incomplete=True)
+    losses = seed_table(frame, "train_loss")
+    assert losses.shape == (4, 3)
+    assert losses.notna().all(axis=None)
+
+
+def test_a_seed_in_the_wrong_directory(write_resnet: Write, tmp_path: Path) -> None:
+    path = write_resnet("sgd", seeds=[0])
+    (path / "seed=0").rename(path / "seed=1")
+    with pytest.raises(RecordError, match=r"seed=1: the record inside has the seeds \[0\]"):
+        load_records(tmp_path / "runs", PROBLEM)
+    path.rename(path.parent.with_name("adam"))
+    with pytest.raises(RecordError, match=r"seed=1: the record inside is of .* optimizer 'sgd'"):
+        load_records(tmp_path / "runs", PROBLEM, variant=None)
+
+
+def test_a_seed_that_is_there_twice(write_resnet: Write, write_record: Write, tmp_path: Path) -> None:
+    write_record("sgd", problem=PROBLEM, epochs=6, seeds=[3, 4])
+    own = write_resnet("sgd", seeds=[4])
+    with pytest.raises(RecordError, match="seed 4 is in both") as caught:
+        load_records(tmp_path / "runs", PROBLEM)
+    assert str(own / "seed=4") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("optimizer", {"lr": 0.1}), ("training", {"batch_size": 1}), ("problem", {"depth": 8})],
+    ids=["optimizer", "training", "problem"],
+)
+def test_seeds_of_other_settings_are_not_mixed(
+    write_resnet: Write, tmp_path: Path, key: str, value: dict[str, Any]
+) -> None:
+    path = write_resnet("sgd", seeds=[0, 1])
+    change_config(path / "seed=1", key, **value)
+    with pytest.raises(RecordError, match=r"seed=0 and .*seed=1 were trained with different settings"):
+        load_records(tmp_path / "runs", PROBLEM)
+
+
+def test_seeds_of_other_machines_are_merged(write_resnet: Write, tmp_path: Path) -> None:
+    path = write_resnet("sgd", seeds=[0, 1])
+    change_config(path / "seed=1", "training", autocast=True)
+    change(path / "seed=1", device="some GPU")
+    frame = load_records(tmp_path / "runs", PROBLEM)
+    assert frame.groupby("seed")["device"].first().to_dict() == {0: "cpu", 1: "some GPU"}
+
+
+def test_a_damaged_seed_is_named(write_resnet: Write, tmp_path: Path) -> None:
+    path = write_resnet("sgd", seeds=[0, 1]) / "seed=1" / "curves.csv"
+    path.write_text(path.read_text()[:-3])
+    with pytest.raises(RecordError, match=r"seed=1.* last line is cut off"):
+        load_records(tmp_path / "runs", PROBLEM)
+
+
+@pytest.mark.filterwarnings("ignore:skipped unfinished")
+def test_hints_where_there_is_nothing(write_resnet: Write, tmp_path: Path) -> None:
+    write_resnet("sgd", variant="batch_size=128", seeds=[0])
+    write_resnet("sgd", variant="lr=0.1", seeds=[0], complete=False)
+    command = rf"python -m experiments\.train -m problem={PROBLEM} optimizer=sgd"
+    with pytest.raises(NoRecordsError, match=rf"\(there is: batch_size=128; lr=0\.1\); .*{command}"):
+        load_records(tmp_path / "runs", PROBLEM)
+    with pytest.raises(NoRecordsError, match=f"no finished records.* resumes them: {command}"):
+        load_records(tmp_path / "runs", PROBLEM, variant="lr=0.1")
+    with pytest.raises(NoRecordsError, match=f"no records in .*paper; make them with: {command}"):
+        load_records(tmp_path / "elsewhere", PROBLEM)
