@@ -30,6 +30,7 @@ def patch_moment(x: Tensor, window: Window, with_ones: bool) -> Tensor:
     ``x`` ``(B, C, H, W)``; ``d`` counts the patch's entries in a weight's order (channel, row, column),
     and the one.
     """
+    x = x.contiguous()  # unfolding channels that lie innermost in memory takes several times longer
     per_image = x[0].numel() * window.kernel[0] * window.kernel[1]
     moment = _moment_by_rows if window.stride[0] == 1 else _moment_of_patches
     parts = x.split(max(1, LARGEST_UNFOLDING // per_image))
