@@ -23,8 +23,8 @@ def final_table(frame: pd.DataFrame) -> pd.DataFrame:
     Columns: ``optimizer``, ``variant``, number of ``seeds``, of these ``diverged``, ``epochs``; mean and
     95% Student-t interval ``<metric>_mean``, ``_low``, ``_high`` of each of ``METRICS``;
     ``train_loss_median``, in which a diverged seed counts as +inf; means over seeds of the
-    ``best_test_accuracy`` over epochs, of the ``seconds`` of a training, of ``nu`` over the run and of
-    ``coarse_ratio`` at the end. What is not there is NaN.
+    ``best_test_accuracy`` over epochs, of the ``seconds`` of a training, of ``nu`` and ``coarse_indefinite``
+    over the run and of ``coarse_ratio`` at the end. What is not there is NaN.
     """
     records = by_optimizer(frame)
     rows = []
@@ -85,6 +85,7 @@ def final_markdown(panel: Panel, controls: pd.DataFrame | None = None) -> str:
     )
     result_header += ("training accuracy", "test accuracy", "best test accuracy")
     cost_header = ("optimizer", "seconds per training", "ν, mean of the run", "coarse ratio at the end")
+    cost_header += ("steps with an indefinite coarse matrix",)
     paragraphs = [
         f"## {panel.title}",
         f"**{panel.remarks}**" if panel.remarks else "",
@@ -121,7 +122,7 @@ def _final_row(curves: pd.DataFrame) -> dict[str, Any]:
         row |= {f"{metric}_{column}": end[column] for column in ("mean", "low", "high")}
     means = {"best_test_accuracy": seed_table(curves, "test_accuracy")[alive].max().mean()}
     means["seconds"] = seed_table(curves, "seconds")[alive].iloc[-1].mean()
-    for name, first in (("nu", 0), ("coarse_ratio", -1)):
+    for name, first in (("nu", 0), ("coarse_ratio", -1), ("coarse_indefinite", 0)):
         known = name in curves and len(alive) > 0
         means[name] = seed_table(curves, name)[alive].iloc[first:].mean().mean() if known else np.nan
     return row | means
@@ -143,6 +144,7 @@ def _cost_cells(row: dict[str, Any]) -> tuple[str, ...]:
         number(row["seconds"], "{:.1f}"),
         number(row["nu"], "{:.3f}"),
         number(row["coarse_ratio"], "{:.3f}"),
+        number(row["coarse_indefinite"], "{:.0%}"),
     )
 
 

@@ -35,6 +35,7 @@ def test_final_numbers(write_resnet: Write, load: Callable[..., pd.DataFrame]) -
         curves["seconds"] = 10.0 * curves["epoch"] + curves["seed"]
         curves["nu"] = curves["epoch"] / 10
         curves["coarse_ratio"] = curves["epoch"] + curves["seed"]
+        curves["coarse_indefinite"] = (curves["epoch"] > 1).astype(float)
 
     write_resnet("two_level_kfac", seeds=range(4), epochs=3, edit=edit)
     frame = load()
@@ -57,6 +58,7 @@ def test_final_numbers(write_resnet: Write, load: Callable[..., pd.DataFrame]) -
     assert row["seconds"] == pytest.approx(31)
     assert row["nu"] == pytest.approx(0.2)
     assert row["coarse_ratio"] == pytest.approx(4)
+    assert row["coarse_indefinite"] == pytest.approx(2 / 3)
 
 
 def test_order_by_hand(write_resnet: Write, load: Callable[..., pd.DataFrame]) -> None:
