@@ -30,9 +30,18 @@ register()
 
 @hydra.main(config_path=CONFIGS, config_name="train", version_base="1.3")
 def main(config: DictConfig) -> None:
+    train(config, position=OmegaConf.select(HydraConfig.get(), "job.num", default=0))  # pyright: ignore
+
+
+def train(config: DictConfig, position: int = 0) -> None:
+    """Train what is missing, one record after another; ``position`` is the progress bar's.
+
+    Raises:
+        SystemExit: the problem's data cannot be had.
+        ValueError: a setting that is not possible, before anything is trained.
+    """
     check_machine(config.device, config.threads)
     torch.set_num_threads(config.threads)
-    position = OmegaConf.select(HydraConfig.get(), "job.num", default=0)  # pyright: ignore
     for directory in run_directories(config):
         if directory.is_complete() and not config.rerun:
             print(f"{directory.path}: complete, not trained again (rerun=true does)")

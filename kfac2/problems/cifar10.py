@@ -30,6 +30,7 @@ SIZE = 32
 VARIABLE = "KFAC2_CIFAR10"
 FOLDER = "cifar-10-batches-py"
 JPEG = b"\xff\xd8"
+JPEG_COPY = "CIFAR-10 (JPEG copy)"
 SECONDS_TO_CONNECT = 10
 
 
@@ -71,39 +72,47 @@ class Cifar10:
     path: str | None = None
     root: str = "data"
 
+    @property
+    def parquet_folder(self) -> Path | None:
+        """The folder that is given, if any."""
+        given = self.path or os.environ.get(VARIABLE)
+        return Path(given) if given else None
+
     def load(self, train_samples: int | None = None, test_samples: int | None = None) -> tuple[Split, Split]:
         """The training and the test split: the first images of a fixed shuffle, or all in file order.
 
         Raises:
             DataError: no source, a broken file, too few images, labels that are not CIFAR-10's.
         """
-        path = self.path or os.environ.get(VARIABLE)
-        splits = []
-        for name, samples in (("train", train_samples), ("test", test_samples)):
-            if path:
-                contents, labels = _read_parquet(Path(path), name)
-                chosen = _choose(samples, labels, f"{path} ({name})", all_classes=name == "train")
-                images, is_jpeg = _decode([contents[i] for i in chosen])
-            else:
-                pixels, labels = _read_torchvision(Path(self.root), name)
-                chosen = _choose(samples, labels, f"{self.root}/{FOLDER} ({name})", name == "train")
-                images, is_jpeg = torch.from_numpy(pixels[chosen.numpy()]).permute(0, 3, 1, 2), False
-            splits.append(Split(images.contiguous(), labels[chosen], is_jpeg))
-        train, test = splits
-        return train, test
+        return self._split("train", train_samples), self._split("test", test_samples)
+
+    def _split(self, name: str, samples: int | None) -> Split:
+        folder = self.parquet_folder
+        if folder is None:
+            pixels, labels = _read_torchvision(Path(self.root), name)
+            chosen = _choose(samples, labels, f"{name} split of {Path(self.root) / FOLDER}")
+            return Split(_channels_first(pixels[chosen.numpy()]), labels[chosen], is_jpeg=False)
+        encoded, labels = _read_parquet(folder, name)
+        classes = len(labels.unique())
+        if name == "train" and classes < len(CLASSES):
+            raise DataError(f"{folder}: {classes} classes in the training split, CIFAR-10 has {len(CLASSES)}")
+        chosen = _choose(samples, labels, f"{name} split of {folder}")
+        images = [encoded[i] for i in chosen.tolist()]
+        pixels = _channels_first(_decode(images))
+        return Split(pixels, labels[chosen], any(image.content.startswith(JPEG) for image in images))
 
 
-def _choose(samples: int | None, labels: Tensor, origin: str, all_classes: bool) -> Tensor:
+def _choose(samples: int | None, labels: Tensor, origin: str) -> Tensor:
     """Indices of the images to use; the shuffle is the same on every machine and for every seed."""
-    if all_classes and len(labels.unique()) < len(CLASSES):
-        raise DataError(f"{origin}: has {len(labels.unique())} classes, CIFAR-10 has {len(CLASSES)}")
     if samples is None:
         return torch.arange(len(labels))
-    if samples < 1:
-        raise ValueError(f"the number of images must be positive, got {samples}")
     if samples > len(labels):
-        raise DataError(f"{origin}: {samples} images are asked for, it has {len(labels)}")
+        raise DataError(f"{origin}: {samples:,} images are asked for, it has {len(labels):,}")
     return torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:samples]
+
+
+def _channels_first(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 # -- Parquet ----------------------------------------------------------------------------------------
@@ -119,12 +128,13 @@ def _read_parquet(folder: Path, split: str) -> tuple[list[Encoded], Tensor]:
     contents: list[Encoded] = []
     labels: list[int] = []
     for file in files:
-        rows = _rows(file)
-        for number, (image, label) in enumerate(rows):
+        for number, (image, label) in enumerate(_rows(file)):
             if not isinstance(label, int) or not 0 <= label < len(CLASSES):
                 raise DataError(f"{file}, row {number}: the label must be 0 to 9, got {label}")
             contents.append(Encoded(image, f"{file}, row {number}"))
             labels.append(label)
+    if not labels:
+        raise DataError(f"{files[0]}: has no rows")
     return contents, torch.tensor(labels, dtype=torch.int64)
 
 
@@ -133,17 +143,17 @@ def _rows(file: Path) -> list[tuple[bytes, Any]]:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(file, columns=["img", "label"], partitioning=None)
+        table = pq.ParquetFile(file).read(columns=["img", "label"])
         images = table["img"].combine_chunks().field("bytes").to_pylist()  # pyright: ignore
         return list(zip(images, table["label"].to_pylist(), strict=True))
-    except KeyError as error:
-        raise DataError(f"{file}: needs the columns img {{bytes, path}} and label ({error})") from error
-    except (OSError, pa.ArrowException, AttributeError) as error:
-        raise DataError(f"{file}: cannot be read as CIFAR-10's Parquet: {error}") from error
+    except (OSError, pa.ArrowException, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{file}: cannot be read as Parquet with the columns img {{bytes, path}} and label: {error}"
+        ) from error
 
 
-def _decode(images: Sequence[Encoded]) -> tuple[Tensor, bool]:
-    """uint8 ``(N, 3, 32, 32)``, and whether any of them is a JPEG."""
+def _decode(images: Sequence[Encoded]) -> np.ndarray:
+    """uint8 ``(N, 32, 32, 3)``"""
     from PIL import Image
 
     pixels = np.empty((len(images), SIZE, SIZE, 3), dtype=np.uint8)
@@ -156,8 +166,7 @@ def _decode(images: Sequence[Encoded]) -> tuple[Tensor, bool]:
         if array.shape != pixels.shape[1:]:
             raise DataError(f"{origin}: the image is {array.shape[1]}×{array.shape[0]}, not {SIZE}×{SIZE}")
         pixels[i] = array
-    is_jpeg = any(image.content.startswith(JPEG) for image in images)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2), is_jpeg
+    return pixels
 
 
 # -- torchvision ------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac2.problems.augmentation import crop_and_flip, normalise
-from kfac2.problems.cifar10 import CLASSES, Cifar10
+from kfac2.problems.cifar10 import CLASSES, JPEG_COPY, Cifar10
 
 CHANNELS = (16, 32, 64)
 EVALUATION_BATCH = 500
@@ -78,9 +78,7 @@ def cifar_resnet(depth: int = 110, generator: torch.Generator | None = None) -> 
     model = ResNet((depth - 2) // 6, len(CLASSES))
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(
-                module.weight, mode="fan_out", nonlinearity="relu", generator=generator
-            )
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
     bound = model.linear.in_features**-0.5
     nn.init.uniform_(model.linear.weight, -bound, bound, generator=generator)
     nn.init.uniform_(model.linear.bias, -bound, bound, generator=generator)
@@ -99,7 +97,7 @@ class CifarResNet:
         device: where model and images live.
 
     Raises:
-        ValueError: more than one seed, a depth that is not 6n + 2.
+        ValueError: more than one seed, a depth that is not 6n + 2, no images.
         DataError: the images cannot be had.
     """
 
@@ -120,6 +118,9 @@ class CifarResNet:
             raise ValueError(
                 f"a ResNet trains one seed at a time, got seeds={self.seeds}: make one problem per seed"
             )
+        for name, samples in {"train_samples": train_samples, "test_samples": test_samples}.items():
+            if samples is not None and samples < 1:
+                raise ValueError(f"{name} must be positive, got {samples}")
         self._generator = torch.Generator().manual_seed(self.seeds[0])
         self.model = cifar_resnet(depth, self._generator).to(device)
         self.label_generators = [
@@ -128,7 +129,7 @@ class CifarResNet:
         train, test = (data or Cifar10()).load(train_samples, test_samples)
         self.train_images, self.train_targets = train.images.to(device), train.labels.to(device)
         self.test_images, self.test_targets = test.images.to(device), test.labels.to(device)
-        notes = [label, "CIFAR-10 (JPEG copy)" if train.is_jpeg or test.is_jpeg else None]
+        notes = [label, JPEG_COPY if train.is_jpeg or test.is_jpeg else None]
         self.label = "; ".join(note for note in notes if note) or None
 
     def train_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

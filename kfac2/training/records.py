@@ -34,9 +34,18 @@ class RunDirectory:
         self.checkpoint = path / "checkpoint.pt"
         self.curves = path / "curves.csv"
         self.provenance = path / "provenance.json"
-        if self.provenance.exists() and self._read()["config"] != config:
+        if self.provenance.exists() and (other := self._read()["config"]) != config:
             raise ValueError(
-                f"{path} holds the record of another configuration: move it away, or set runs=..."
+                f"{path} holds the record of another configuration ({', '.join(_differences(other, config))}):"
+                " move it away, or set runs=..."
+            )
+
+    def check_label(self, label: str | None) -> None:
+        """Raises ``ValueError`` if the record was begun under another label, hence on other data."""
+        if self.provenance.exists() and (begun := self._read()["label"]) != label:
+            raise ValueError(
+                f"{self.path} was begun as {begun!r} and cannot go on as {label!r}: give it the data that it "
+                "was begun with, or rerun=true"
             )
 
     def is_complete(self) -> bool:
@@ -91,6 +100,15 @@ class RunDirectory:
 
     def _read(self) -> dict[str, Any]:
         return json.loads(self.provenance.read_text())
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in sorted(there.keys() | here.keys()):
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{prefix}{key}.")
+        elif old != new or (key in there) != (key in here):
+            yield f"{prefix}{key}={old} there, {new} here"
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:

@@ -58,7 +58,7 @@ class WandbTracker:
             warnings.warn("tracking.mode=online, but no W&B login is stored: tracking offline", stacklevel=2)
             mode = "offline"
         Path(self.directory).mkdir(parents=True, exist_ok=True)
-        group = _digest(config)
+        group, run = _digest(config | {"seeds": None}), _digest(config)
         tags = [config["problem"]["name"], config["optimizer"]["name"]]
         for seed in config["seeds"]:
             self._runs[seed] = wandb.init(
@@ -67,7 +67,7 @@ class WandbTracker:
                 mode=mode,  # pyright: ignore[reportArgumentType]
                 group=group,
                 name=f"{'-'.join(tags)}-seed{seed}-{group}",
-                id=f"{group}-{seed}",
+                id=f"{run}-{seed}",
                 resume="allow",
                 tags=[*tags, f"seed{seed}"],
                 config=config | {"seed": seed, "first_epoch": first_epoch},

@@ -1,5 +1,6 @@
 """The one trainer, blind to the optimizer."""
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -94,6 +95,7 @@ class Training:
                 return self.rows
             checkpoint = directory.load_checkpoint(torch.device("cpu"))
             if checkpoint is not None:
+                directory.check_label(self.problem.label)
                 self.load_state_dict(checkpoint)
             directory.write_provenance(False, device_name(device), self.problem.label)
             tracker.start(directory.config, first_epoch=self.epoch + 1)
@@ -106,7 +108,7 @@ class Training:
                 mininterval=1 if sys.stderr.isatty() else 30,
             ) as bar:
                 while self.epoch < self.settings.epochs:
-                    rows = self.train_epoch()
+                    rows = self.skip_epoch() if self.has_diverged() else self.train_epoch()
                     directory.save_checkpoint(self.state_dict())
                     directory.write_curves(self.rows)
                     tracker.log(rows)
@@ -139,6 +141,25 @@ class Training:
         self.rows += rows
         return rows
 
+    def has_diverged(self) -> bool:
+        """Whether no seed's latest training loss is finite: such parameters never come back."""
+        latest = self._latest_rows()
+        return bool(latest) and not any(math.isfinite(row["train_loss"]) for row in latest)
+
+    def skip_epoch(self) -> list[Row]:
+        """Rows of NaN for an epoch that would train nothing."""
+        self.epoch += 1
+        kept = ("seed", "learning_rate", "seconds")
+        rows = [
+            {name: value if name in kept else math.nan for name, value in row.items()} | {"epoch": self.epoch}
+            for row in self._latest_rows()
+        ]
+        self.rows += rows
+        return rows
+
+    def _latest_rows(self) -> list[Row]:
+        return self.rows[-len(self.problem.seeds) :]
+
     def _pass_over_training_data(self) -> dict[str, list[float]]:
         problem, optimizer = self.problem, self.optimizer
         problem.model.train()
@@ -149,14 +170,26 @@ class Training:
             optimizer.update_curvature(output)
             losses = problem.losses(output, targets)
             losses.sum().backward()
-            optimizer.step()
+            stopped = not self._step(losses)
             averages.add(
                 targets.shape[-1],
                 loss=losses.detach(),
                 accuracy=problem.accuracies(output.detach(), targets),
                 **optimizer.diagnostics,
             )
+            if stopped:
+                break
         return averages.means()
+
+    def _step(self, losses: Tensor) -> bool:
+        """Step; False if the optimizer cannot because no seed's loss is finite any more."""
+        try:
+            self.optimizer.step()
+        except RuntimeError:
+            if losses.isfinite().any():
+                raise
+            return False
+        return True
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, list[float]]:

@@ -10,28 +10,37 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from tests.problems.cifar_files import write_parquet
+
 ROOT = Path(__file__).resolve().parent.parent.parent
-SMALL = (
-    "seeds=[0,1]",
-    "problem.depth=6",
-    "problem.train_samples=2000",
-    "problem.test_samples=100",
-    "tracking=none",
-)
+SMALL = {
+    "deep_linear_mlp": ("problem.depth=6", "problem.train_samples=2000", "problem.test_samples=100"),
+    "resnet20_cifar10_preview": (
+        "problem.depth=8",
+        "problem.train_samples=24",
+        "problem.test_samples=10",
+        "training.batch_size=8",
+    ),
+}
 
 
-def command(runs: Path, optimizer: str, epochs: int) -> list[str]:
-    overrides = [f"optimizer={optimizer}", f"training.epochs={epochs}", f"runs={runs}", *SMALL]
-    return [sys.executable, "-m", "experiments.train", *overrides]
+@pytest.fixture(autouse=True)
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KFAC2_CIFAR10", str(write_parquet(tmp_path / "images")))
 
 
-def record(runs: Path) -> Path:
-    (provenance,) = runs.glob("deep_linear_mlp/*/*/provenance.json")
-    return provenance.parent
+def command(runs: Path, optimizer: str, epochs: int, problem: str = "deep_linear_mlp") -> list[str]:
+    overrides = [f"problem={problem}", f"optimizer={optimizer}", f"training.epochs={epochs}", f"runs={runs}"]
+    settings = [*overrides, "seeds=[0,1]", "tracking=none", *SMALL[problem]]
+    return [sys.executable, "-m", "experiments.train", *settings]
 
 
-def curves(runs: Path) -> pd.DataFrame:
-    return pd.read_csv(record(runs) / "curves.csv").drop(columns="seconds")
+def records(runs: Path) -> list[Path]:
+    return sorted(path.parent for path in runs.rglob("provenance.json"))
+
+
+def curves(record: Path) -> pd.DataFrame:
+    return pd.read_csv(record / "curves.csv").drop(columns="seconds")
 
 
 def last_epoch(frame: pd.DataFrame) -> int:
@@ -41,7 +50,7 @@ def last_epoch(frame: pd.DataFrame) -> int:
 def kill_after_epochs(process: subprocess.Popen, runs: Path, epochs: int) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        written = list(runs.glob("deep_linear_mlp/*/*/curves.csv"))
+        written = list(runs.rglob("curves.csv"))
         if written and last_epoch(pd.read_csv(written[0])) >= epochs:
             break
         assert process.poll() is None, "the training ended before it could be killed"
@@ -50,28 +59,29 @@ def kill_after_epochs(process: subprocess.Popen, runs: Path, epochs: int) -> Non
     process.wait()
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "two_level_kfac"])
-def test_killed_and_resumed_equals_uninterrupted(optimizer: str, tmp_path: Path) -> None:
-    epochs, whole, killed = 40, tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(whole, optimizer, epochs), cwd=ROOT, check=True, capture_output=True)
-    process = subprocess.Popen(
-        command(killed, optimizer, epochs), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+@pytest.mark.parametrize(
+    ("problem", "optimizer", "epochs"),
+    [
+        ("deep_linear_mlp", "adam", 40),
+        ("deep_linear_mlp", "two_level_kfac", 40),
+        ("resnet20_cifar10_preview", "two_level_kfac", 8),
+    ],
+)
+def test_killed_and_resumed_equals_uninterrupted(
+    problem: str, optimizer: str, epochs: int, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(whole, optimizer, epochs, problem), cwd=ROOT, check=True, capture_output=True)
+    to_be_killed = command(killed, optimizer, epochs, problem)
+    process = subprocess.Popen(to_be_killed, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     kill_after_epochs(process, killed, epochs=3)
-    before = curves(killed)
+    (record,) = records(killed)
+    before = curves(record)
     assert 3 <= last_epoch(before) < epochs
-    subprocess.run(command(killed, optimizer, epochs), cwd=ROOT, check=True, capture_output=True)
-    pd.testing.assert_frame_equal(curves(killed), curves(whole), check_exact=True)
-    pd.testing.assert_frame_equal(curves(killed).head(len(before)), before, check_exact=True)
-    assert not (record(killed) / "checkpoint.pt").exists()
-
-
-def test_a_complete_record_is_not_trained_again_unless_asked(tmp_path: Path) -> None:
-    run = command(tmp_path, "sgd", 1)
-    subprocess.run(run, cwd=ROOT, check=True, capture_output=True)
-    stamp = (record(tmp_path) / "curves.csv").stat().st_mtime_ns
-    again = subprocess.run(run, cwd=ROOT, check=True, capture_output=True, text=True)
-    assert "complete, not trained again" in again.stdout
-    assert (record(tmp_path) / "curves.csv").stat().st_mtime_ns == stamp
-    subprocess.run([*run, "rerun=true"], cwd=ROOT, check=True, capture_output=True)
-    assert (record(tmp_path) / "curves.csv").stat().st_mtime_ns != stamp
+    subprocess.run(to_be_killed, cwd=ROOT, check=True, capture_output=True)
+    pd.testing.assert_frame_equal(curves(record).head(len(before)), before, check_exact=True)
+    assert [r.relative_to(killed) for r in records(killed)] == [r.relative_to(whole) for r in records(whole)]
+    for ours, theirs in zip(records(killed), records(whole), strict=True):
+        pd.testing.assert_frame_equal(curves(ours), curves(theirs), check_exact=True)
+        assert len(curves(ours)) >= epochs
+        assert not (ours / "checkpoint.pt").exists()

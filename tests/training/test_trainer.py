@@ -4,16 +4,18 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from kfac2 import TwoLevelKFAC
-from kfac2.optim.first_order import SGD
-from kfac2.problems import DeepLinearMLP
+from kfac2.optim.first_order import SGD, Adam
+from kfac2.problems import Cifar10, CifarResNet, DeepLinearMLP
 from kfac2.training.records import RunDirectory, write_atomically
 from kfac2.training.tracking import NoTracker, WandbTracker
 from kfac2.training.trainer import Training, TrainingSettings
+from tests.problems.cifar_files import write_parquet
 
 SMALL: dict[str, Any] = {"depth": 3, "train_samples": 100, "test_samples": 30}
 CONFIG = {"problem": {"name": "deep_linear_mlp"}, "optimizer": {"name": "sgd"}, "seeds": [0, 1]}
@@ -35,6 +37,26 @@ def sgd(model: torch.nn.Module, **options: object) -> SGD:
 
 def training(epochs: int = 3, factory=sgd, **settings) -> Training:
     return Training(DeepLinearMLP([0, 1], **SMALL), factory, TrainingSettings(epochs, 32, **settings))
+
+
+def adam(model: torch.nn.Module, **options: Any) -> Adam:
+    return Adam(model, 0.01, weight_decay=1e-3, **options)
+
+
+def two_levels(model: torch.nn.Module, **options: Any) -> TwoLevelKFAC:
+    return TwoLevelKFAC(model, 0.01, factor_interval=1, inverse_interval=2, **options)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Cifar10:
+    return Cifar10(str(write_parquet(tmp_path_factory.mktemp("cifar"), "JPEG")))
+
+
+def resnet_training(
+    images: Cifar10, factory=sgd, epochs: int = 1, label: str | None = None, **settings: Any
+) -> Training:
+    problem = CifarResNet([0], 8, 16, 10, label, images)
+    return Training(problem, factory, TrainingSettings(epochs, 8, **settings))
 
 
 def test_losses_are_means_over_the_epoch_s_samples() -> None:
@@ -61,6 +83,10 @@ def test_learning_rate_follows_the_milestones() -> None:
     assert rates == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3, 1e-4])
 
 
+def test_a_milestone_is_never_before_the_first_epoch() -> None:
+    assert training(epochs=1, milestones=[0.4]).train_epoch()[0]["learning_rate"] == 1e-2
+
+
 def test_record_is_complete_and_says_what_made_it(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run", CONFIG)
     training().run(directory, NoTracker())
@@ -77,8 +103,12 @@ def test_record_is_complete_and_says_what_made_it(tmp_path: Path) -> None:
 
 def test_a_record_of_another_configuration_is_refused(tmp_path: Path) -> None:
     training(1).run(RunDirectory(tmp_path, CONFIG), NoTracker())
-    with pytest.raises(ValueError, match="another configuration"):
+    with pytest.raises(ValueError, match=r"another configuration \(seeds=\[0, 1\] there, \[0, 2\] here\)"):
         RunDirectory(tmp_path, CONFIG | {"seeds": [0, 2]})
+    other = {"problem": {"name": "x", "depth": 3}}
+    expected = r"\(problem.depth=None there, 3 here, problem.name=deep_linear_mlp there, x here\)"
+    with pytest.raises(ValueError, match=expected):
+        RunDirectory(tmp_path, CONFIG | other)
 
 
 def test_two_writers_of_one_record_are_refused(tmp_path: Path) -> None:
@@ -102,20 +132,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_kfac_logs_its_diagnostics() -> None:
-    def factory(model, **options):
-        return TwoLevelKFAC(model, 0.01, factor_interval=1, inverse_interval=2, **options)
-
-    (row, _) = training(factory=factory).train_epoch()
+    (row, _) = training(factory=two_levels).train_epoch()
     assert 0 < row["nu"] <= 1
     assert row["coarse_ratio"] > 0
     assert row["coarse_indefinite"] == 0
 
 
 def test_a_diverged_seed_is_recorded_and_the_other_goes_on() -> None:
-    def factory(model, **options):
-        return TwoLevelKFAC(model, 0.01, factor_interval=1, inverse_interval=2, **options)
-
-    healthy, broken = training(factory=factory), training(factory=factory)
+    healthy, broken = training(factory=two_levels), training(factory=two_levels)
     with torch.no_grad():
         broken.problem.model.get_parameter("layers.0.weight")[1] = torch.nan
     with pytest.warns(RuntimeWarning, match="not finite"):
@@ -124,6 +148,113 @@ def test_a_diverged_seed_is_recorded_and_the_other_goes_on() -> None:
     assert rows[0] | {"seconds": 0} == expected[0] | {"seconds": 0}
     assert rows[1]["train_loss"] != rows[1]["train_loss"]
     assert broken.optimizer.diverged.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("factory", [sgd, two_levels])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_run_without_a_living_seed_is_recorded_without_training_it(
+    factory: Any, tmp_path: Path, images: Cifar10, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = resnet_training(images, factory, epochs=3)
+    with torch.no_grad():
+        run.problem.model.get_parameter("conv.weight")[0] = torch.nan
+    passes = []
+    real = run.evaluate
+    monkeypatch.setattr(run, "evaluate", lambda: passes.append(1) or real())
+    directory = RunDirectory(tmp_path, CONFIG | {"seeds": [0]})
+    run.run(directory, NoTracker())
+    assert len(passes) == 1
+    assert directory.is_complete()
+    frame = pd.read_csv(directory.curves)
+    assert frame["epoch"].tolist() == [1, 2, 3]
+    assert frame["seed"].tolist() == [0, 0, 0]
+    for column in ("train_loss", "train_accuracy", "test_loss", "test_accuracy"):
+        assert np.isnan(frame[column].to_numpy()).all()
+    assert np.isfinite(frame[["seconds", "learning_rate"]].to_numpy()).all()
+
+
+@pytest.mark.parametrize("factory", [sgd, adam])
+def test_a_resnet_goes_on_from_its_checkpoint(factory: Any, tmp_path: Path, images: Cifar10) -> None:
+    whole, begun, resumed = (resnet_training(images, factory, channels_last=True) for _ in range(3))
+    directory = RunDirectory(tmp_path, CONFIG)
+    begun.train_epoch()
+    directory.save_checkpoint(begun.state_dict())
+    torch.rand(3)
+    resumed.load_state_dict(directory.load_checkpoint(torch.device("cpu")) or {})
+    resumed.train_epoch()
+    expected = [row for _ in range(2) for row in whole.train_epoch()]
+    assert [row | {"seconds": 0} for row in resumed.rows] == [row | {"seconds": 0} for row in expected]
+    for ours, theirs in zip(
+        resumed.problem.model.parameters(), whole.problem.model.parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+        assert ours.stride() == theirs.stride()
+
+
+def test_an_error_of_a_healthy_run_is_not_taken_for_divergence(images: Cifar10) -> None:
+    run = resnet_training(images)
+
+    def broken() -> None:
+        raise RuntimeError("out of memory")
+
+    run.optimizer.step = broken
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.train_epoch()
+
+
+def test_the_record_says_the_problem_s_label(tmp_path: Path, images: Cifar10) -> None:
+    directory = RunDirectory(tmp_path, CONFIG | {"seeds": [0]})
+    run = resnet_training(images, label="preview")
+    run.run(directory, NoTracker())
+    label = "preview; CIFAR-10 (JPEG copy)"
+    assert json.loads(directory.provenance.read_text())["label"] == label
+
+    directory.write_provenance(False, "cpu", label)
+    directory.save_checkpoint(run.state_dict())
+    with pytest.raises(ValueError, match=r"begun as 'preview; .*' and cannot go on as 'CIFAR-10 \(JPEG"):
+        resnet_training(images).run(directory, NoTracker())
+    resnet_training(images, label="preview").run(directory, NoTracker())
+    assert directory.is_complete()
+
+
+@pytest.mark.parametrize("factory", [sgd, two_levels])
+def test_channels_last_changes_the_layout_and_not_the_numbers(factory: Any, images: Cifar10) -> None:
+    plain = resnet_training(images, factory)
+    fast = resnet_training(images, factory, channels_last=True)
+    seen = []
+
+    def note(module: torch.nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        tensors = (args[0], module.get_parameter("weight"), output)
+        seen.append([t.is_contiguous(memory_format=torch.channels_last) for t in tensors])
+
+    for name in ("conv", "stages.1.0.conv1"):
+        fast.problem.model.get_submodule(name).register_forward_hook(note)
+    (row,), (expected,) = fast.train_epoch(), plain.train_epoch()
+    assert len(seen) == 2 * (2 + 1)
+    assert all(map(all, seen))
+    assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-3)
+    assert row["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-2)
+
+
+def test_autocast_is_for_the_forward_pass_alone(images: Cifar10) -> None:
+    plain, fast = resnet_training(images), resnet_training(images, autocast=True)
+    outputs: list[torch.dtype] = []
+    losses: list[torch.dtype] = []
+    fast.problem.model.register_forward_hook(lambda _, __, output: outputs.append(output.dtype))
+    real = fast.problem.losses
+
+    def noting(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        assert not torch.is_autocast_enabled("cpu")
+        losses.append(real(output, targets).dtype)
+        return real(output, targets)
+
+    fast.problem.losses = noting
+    (row,), (expected,) = fast.train_epoch(), plain.train_epoch()
+    assert outputs == [torch.bfloat16] * 3
+    assert losses == [torch.float32] * 3
+    assert all(p.dtype == torch.float32 for p in fast.problem.model.parameters())
+    assert row["train_loss"] != expected["train_loss"]
+    assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +271,19 @@ def test_wandb_receives_one_offline_run_per_seed(tmp_path: Path) -> None:
     runs = list((tmp_path / "tracked" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(runs) == 2
     assert len({run.parent.name.rpartition("-")[2] for run in runs}) == 2
+
+
+def test_seeds_trained_one_by_one_share_a_wandb_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    started: list[dict[str, Any]] = []
+    monkeypatch.setattr(wandb, "init", lambda **options: started.append(options))
+    for seed in (0, 1):
+        WandbTracker(directory=str(tmp_path)).start(CONFIG | {"seeds": [seed]}, first_epoch=1)
+    assert started[0]["group"] == started[1]["group"]
+    assert started[0]["id"] != started[1]["id"]
 
 
 def test_a_wandb_failure_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
