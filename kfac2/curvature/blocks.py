@@ -49,8 +49,10 @@ class KroneckerBlocks:
         good = self.seen
         for part in new:
             good = good & finite_matrices(part)
-        merged = (torch.where(matrices(good), part, old) for part, old in zip(new, self.inverse, strict=True))
-        self.inverse = type(self.inverse)(*merged)
+        if not good.all():
+            parts = zip(new, self.inverse, strict=True)
+            new = type(new)(*(torch.where(matrices(good), part, old) for part, old in parts))
+        self.inverse = new
         return ~good & self.attempted[:, None].to(good.device)
 
     def missing_inverse(self) -> Tensor:

@@ -17,7 +17,7 @@ COARSE_GRIDS = ("pairwise", "common")
 STATE = ("grams", "seen", "inverse", "inverts_indefinite")
 
 LARGEST_PART = 2**20
-"""Numbers that are made float64 at once: many samples are taken in parts."""
+"""Numbers of all layers' maps that are put side by side at once: many samples are taken in parts."""
 
 Blocks = Iterable[tuple[Tensor, Tensor]]
 """Layers of one shape: their positions in the coarse space ``(n,)`` and a tensor ``(n, R, d_out, d_in)``."""
@@ -95,15 +95,20 @@ class CoarseSpace:
 
     def accumulate(self, maps: Maps) -> None:
         """Add a batch to the sample under way."""
+        samples, numbers = _sizes(maps)
+        for part in torch.arange(samples).split(max(1, LARGEST_PART // numbers)):
+            some = slice(int(part[0]), int(part[-1]) + 1)
+            self._add({i: (alpha[:, some], gamma[:, some]) for i, (alpha, gamma) in maps.items()})
+        present = torch.tensor([i in maps for i in range(self.grams.shape[-1])], device=self.grams.device)
+        self._count += present[:, None] * present[None, :] * samples
+
+    def _add(self, maps: Maps) -> None:
         for total, (features, scales) in zip(self._sum, self._features(maps), strict=True):
             for (rows, left), (columns, right) in combinations_with_replacement(_by_grid(features), 2):
                 gram = scales[rows, None] * scales[columns] * self._gram(left, right)
                 total[:, rows[:, None], columns] += gram
                 if left is not right:
                     total[:, columns[:, None], rows] += gram.mT
-        present = torch.tensor([i in maps for i in range(self.grams.shape[-1])], device=self.grams.device)
-        samples = next(iter(maps.values()))[0].shape[1]
-        self._count += present[:, None] * present[None, :] * samples
 
     def _features(self, maps: Maps) -> Iterator[tuple[dict[int, Tensor], Tensor]]:
         """What is averaged pair by pair, one Gram each: α and sqrt(T) γ, or p. Sqrt(T) apart, ``(L,)``."""
@@ -130,14 +135,8 @@ class CoarseSpace:
     def _gram(self, left: Tensor, right: Tensor) -> Tensor:
         """Sum over the batch, mean over positions: ``(R, n, m)``, float64."""
         grid = pair_grid(left.shape[3:], right.shape[3:])
-        largest = max(left[:, :, :1].numel(), right[:, :, :1].numel())
-        gram = left.new_zeros(*left.shape[:2], right.shape[1], dtype=torch.float64)
-        for parts in zip(
-            *(x.split(max(1, LARGEST_PART // largest), dim=2) for x in (left, right)), strict=True
-        ):
-            one, other = (resample(part, grid, self.resample).flatten(2).double() for part in parts)
-            gram += one @ other.mT
-        return gram / prod(grid)
+        one, other = (resample(x, grid, self.resample).flatten(2).double() for x in (left, right))
+        return one @ other.mT / prod(grid)
 
     def fold(self, decay: float) -> Tensor:
         """Take the sample into the running averages; returns ``(R,)``: replicas whose sample was not finite.
@@ -239,3 +238,10 @@ def _by_grid(features: dict[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
         )
         for index in members.values()
     ]
+
+
+def _sizes(maps: Maps) -> tuple[int, int]:
+    """The number of samples, and how many numbers one sample's α (or γ) are in all layers."""
+    alphas = [alpha for alpha, _ in maps.values()]
+    samples = alphas[0].shape[1]
+    return samples, sum(alpha.numel() for alpha in alphas) // samples

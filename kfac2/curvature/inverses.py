@@ -104,10 +104,12 @@ def _eigh_one_by_one(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def spd_inverse_or_nan(x: Tensor, shift: Tensor) -> Tensor:
     """``(x + shift I)^{-1}`` by Cholesky; NaN where the matrix is not positive definite."""
-    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    shifted = x + shift * identity
+    shifted = x.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(shift.squeeze(-1))
     factor, info = torch.linalg.cholesky_ex(shifted)
     bad = matrices((info != 0) | ~finite_matrices(shifted))
+    if not bad.any():
+        return torch.cholesky_inverse(factor)
     # cholesky_inverse raises for the whole batch on a singular factor.
-    inverse = torch.cholesky_inverse(torch.where(bad, identity, factor))
-    return inverse.masked_fill(bad, torch.nan)
+    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    return torch.cholesky_inverse(torch.where(bad, identity, factor)).masked_fill(bad, torch.nan)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tests.reference.coarse import LiteralTwoLevelKFAC
+from tests.reference.coarse import LiteralTwoLevelKFAC, matrix_absolute
 from tests.reference.fisher import (
     labelled_fisher,
     layer_matrix,
@@ -49,6 +49,7 @@ CONVOLUTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_a_convolution_is_a_linear_layer_of_its_patches(options: dict[str, Any]) -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, **options), nn.ReLU(inplace=True), Sum())
     x, y = torch.randn(4, 2, 7, 8), torch.randn(4, 1)
@@ -240,6 +241,7 @@ def test_indefinite_refreshes_are_counted_where_an_eigenvalue_is_clearly_negativ
     preconditioner = twin.form_preconditioner()
     assert twin.indefinite == before + 1
     assert torch.linalg.eigvalsh(preconditioner)[0] > 0
+    close(matrix_absolute(torch.tensor([[0.0, 4.0], [4.0, 0.0]])), 4.0 * torch.eye(2))
 
 
 @pytest.mark.parametrize("options", [{"groups": 2}, {"padding": 1, "padding_mode": "reflect"}], ids=str)

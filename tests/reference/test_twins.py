@@ -153,6 +153,8 @@ def test_running_averages_forget_with_the_given_decay() -> None:
     for value, decay in zip(values[1:], [1 / 2, 0.6, 0.6], strict=True):
         expected = decay * expected + (1 - decay) * value**2
     close(twin.averages["A", "0"], torch.tensor([[expected]]))
+    twin.average({"new": torch.tensor(5.0)})  # first seen at t = 4
+    close(twin.averages["new"], torch.tensor(5.0))
 
 
 def test_exact_coarse_fisher_of_a_deep_linear_net_is_the_restricted_fisher() -> None:
