@@ -21,7 +21,7 @@ from experiments.overrides import check_overrides
 from experiments.schema import register
 from kfac2.problems import DataError
 from kfac2.training.records import RunDirectory
-from kfac2.training.trainer import Training, TrainingSettings
+from kfac2.training.trainer import Training, TrainingSettings, prefer_deterministic_kernels
 
 CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
 NOT_ARGUMENTS = ("name", "one_record_per_seed")
@@ -42,9 +42,11 @@ def train(config: DictConfig, position: int = 0) -> None:
     """
     check_machine(config.device, config.threads)
     torch.set_num_threads(config.threads)
+    prefer_deterministic_kernels()
     for directory in run_directories(config):
         if directory.is_complete() and not config.rerun:
-            print(f"{directory.path}: complete, not trained again (rerun=true does)")
+            label = f" ({directory.label})" if directory.label else ""
+            print(f"{directory.path}{label}: complete, not trained again (rerun=true does)")
             continue
         try:
             training = build_training(config, directory.config["seeds"])

@@ -1,12 +1,14 @@
-"""Whether CIFAR-10 can be had here, downloading it if need be; exit status 1 and the reason if not.
+"""Whether CIFAR-10 can be had here, downloading it if need be; the exit status is 3 if there is none.
 
-python scripts/get_cifar10.py
+Data that was named and is not there, or that is damaged, is an error (1) rather than absence.
 """
 
 import sys
 
 from kfac2.problems import Cifar10, DataError
-from kfac2.problems.cifar10 import FOLDER, JPEG_COPY
+from kfac2.problems.cifar10 import FOLDER, JPEG_COPY, Cifar10NotFound
+
+ABSENT = 3
 
 
 def main() -> None:
@@ -14,7 +16,8 @@ def main() -> None:
     try:
         splits = source.load(1, 1)
     except DataError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(ABSENT if isinstance(error, Cifar10NotFound) and source.parquet_folder is None else 1)
     name = JPEG_COPY if any(split.is_jpeg for split in splits) else "CIFAR-10"
     print(f"{name} from {source.parquet_folder or f'{source.root}/{FOLDER}'}")
 

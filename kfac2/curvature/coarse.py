@@ -111,11 +111,10 @@ class CoarseSpace:
                     total[:, columns[:, None], rows] += gram.mT
 
     def _features(self, maps: Maps) -> Iterator[tuple[dict[int, Tensor], Tensor]]:
-        """What is averaged pair by pair, one Gram each: α and sqrt(T) γ, or p. Sqrt(T) apart, ``(L,)``."""
+        """For each Gram: what is averaged pair by pair (α and γ, or p), and each layer's scale ``(L,)``."""
         ones = self.grams.new_ones(self.grams.shape[-1])
         if self.fisher == "exact":
-            products = {i: alpha.double() * gamma.double() for i, (alpha, gamma) in maps.items()}
-            yield {i: x.reshape(*x.shape[:2], -1).sum(-1) for i, x in products.items()}, ones
+            yield {i: _sums_of_products(*pair) for i, pair in maps.items()}, ones
             return
         yield self._on_grid({i: alpha for i, (alpha, _) in maps.items()}), ones
         scales = ones.clone()
@@ -238,6 +237,11 @@ def _by_grid(features: dict[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
         )
         for index in members.values()
     ]
+
+
+def _sums_of_products(alpha: Tensor, gamma: Tensor) -> Tensor:
+    """p, float64, ``(R, B)``."""
+    return (alpha.double() * gamma.double()).reshape(*alpha.shape[:2], -1).sum(-1)
 
 
 def _sizes(maps: Maps) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Layers of different resolutions, compared on one grid of positions."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 
 import torch.nn.functional as F
@@ -15,20 +15,23 @@ Grid = tuple[int, ...]
 def pair_grid(one: Grid, other: Grid) -> Grid:
     """Where two layers are compared: per axis the smaller size.
 
-    One position if either has no more: repeating a layer with one position over the other's grid is
-    averaging the other's map. So too where the axes cannot be compared (a sequence and an image).
+    One position, the average of a map, if that is no more than one: repeating a layer with one position
+    over the other's grid is averaging the other's map. So too where the axes cannot be compared (a
+    sequence and an image).
     """
-    if len(one) != len(other) or prod(one) == 1 or prod(other) == 1:
-        return ()
-    return tuple(min(sizes) for sizes in zip(one, other, strict=True))
+    return _smallest([one, other])
 
 
 def common_grid(grids: Iterable[Grid]) -> Grid:
     """Per axis the smallest size among the layers with more than one position, if they can be compared."""
-    several = [grid for grid in grids if prod(grid) > 1]
-    if len({len(grid) for grid in several}) != 1:
+    return _smallest([grid for grid in grids if prod(grid) > 1])
+
+
+def _smallest(grids: Sequence[Grid]) -> Grid:
+    if len({len(grid) for grid in grids}) != 1:
         return ()
-    return tuple(min(sizes) for sizes in zip(*several, strict=True))
+    smallest = tuple(min(sizes) for sizes in zip(*grids, strict=True))
+    return smallest if prod(smallest) > 1 else ()
 
 
 def resample(maps: Tensor, grid: Grid, mode: str) -> Tensor:

@@ -22,7 +22,11 @@ Visit = Callable[[int, Tensor, Tensor], None]
 
 class Record(NamedTuple):
     inputs: Tensor
+    version: int
+    """Of the inputs, which must not be overwritten before they are read."""
     edge: GradientEdge
+    shape: torch.Size
+    """Of the output, and of its gradient."""
 
 
 class Capture:
@@ -73,7 +77,8 @@ class Capture:
                 f"one input per sample: leave it to plain SGD with exclude=[{name!r}]"
             )
         inputs = args[0] if args else kwargs["input"]
-        self.records[index] = Record(inputs, get_gradient_edge(output))
+        edge = get_gradient_edge(_without_view(output))
+        self.records[index] = Record(inputs, inputs._version, edge, output.shape)
 
     def backpropagate(self, loss: Tensor, visit: Visit) -> None:
         """Back-propagate ``loss`` and call ``visit`` for each recorded layer that it depends on."""
@@ -88,10 +93,20 @@ class Capture:
                 "and without torch.compile"
             )
 
+        def hand_on(index: int, gradient: Tensor) -> None:
+            record = self.records[index]
+            if record.inputs._version != record.version:
+                name = self._names[index]
+                raise RuntimeError(
+                    f"the input of layer {name!r} was changed in place after the layer had read it: change it "
+                    f"out of place, or leave the layer to plain SGD with exclude=[{name!r}]"
+                )
+            visit(index, record.inputs, gradient.reshape(record.shape))
+
         def arrive(index: int, gradients: Sequence[Tensor | None]) -> None:
             gradient = gradients[self.records[index].edge.output_nr]
             if gradient is not None:
-                visit(index, self.records[index].inputs, gradient)
+                hand_on(index, gradient)
 
         handles = [node.register_prehook(partial(arrive, captured[node])) for node in reachable - deepest]
         ends = [captured[node] for node in deepest]
@@ -101,10 +116,20 @@ class Capture:
                 edges = [self.records[index].edge for index in ends]
                 gradients = torch.autograd.grad(loss, edges, retain_graph=True)
                 for index, gradient in zip(ends, gradients, strict=True):
-                    visit(index, self.records[index].inputs, gradient)
+                    hand_on(index, gradient)
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _without_view(output: Tensor) -> Tensor:
+    """The product that a linear layer on sequences shows as a view.
+
+    An in-place operation on a view takes the view's own node out of the graph.
+    """
+    base = output._base
+    same = base is not None and base.numel() == output.numel() and base.requires_grad
+    return base if same and base.is_contiguous() and output.is_contiguous() else output
 
 
 def _captured_below(root: Node | None, captured: Any) -> tuple[set[Node], set[Node]]:

@@ -101,8 +101,6 @@ class KFAC(torch.optim.SGD):
         self._replicas_of_output = layers[0].replicas if layers[0].replicated else None
         self._likelihood = LIKELIHOODS[likelihood]
         self._generators = as_generators(generator, layers[0].replicas)
-        # The fused update walks raw memory: parameters and gradients must have one layout.
-        self._contiguous = all(p.is_contiguous() and p.device.type in ("cpu", "cuda") for p in optimized)
         self._capture = Capture(
             model, [layer.name for layer in layers], [layer.module for layer in layers], self._refresh_is_due
         )
@@ -216,13 +214,16 @@ class KFAC(torch.optim.SGD):
         grads: list[Tensor] = [updates.get(id(p), p.grad) for p in params]  # pyright: ignore
         buffers = [self.state[p].get("momentum_buffer") for p in params]
         is_first = bool(buffers) and buffers[0] is None
+        # The fused update walks raw memory: all that it reads together must have one layout.
+        together = (*params, *grads, *(buffer for buffer in buffers if buffer is not None))
+        fusible = all(x.is_contiguous() and x.device.type in ("cpu", "cuda") for x in together)
         sgd(
             params,
             grads,
             buffers,
             has_sparse_grad=False,
             foreach=group["foreach"],
-            fused=(self._contiguous and all(g.is_contiguous() for g in grads)) or None,
+            fused=fusible or None,
             weight_decay=group["weight_decay"],
             momentum=group["momentum"],
             lr=group["lr"],

@@ -45,11 +45,12 @@ def _draw_categorical(output: Tensor, generators: Sequence[torch.Generator]) -> 
 
 
 def _draw_bernoulli(output: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    return (_random(torch.rand, output.shape, output, generators) < output.sigmoid()).to(output.dtype)
+    probabilities = _wide(output).sigmoid()
+    return (_random(torch.rand, output.shape, output, generators) < probabilities).to(probabilities.dtype)
 
 
 def _draw_gaussian(output: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    return output + _random(torch.randn, output.shape, output, generators).to(output.dtype)
+    return _wide(output) + _random(torch.randn, output.shape, output, generators)
 
 
 def _categorical_loss(output: Tensor, labels: Tensor) -> Tensor:
@@ -57,7 +58,8 @@ def _categorical_loss(output: Tensor, labels: Tensor) -> Tensor:
 
 
 def _bernoulli_loss(output: Tensor, labels: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(_wide(output), _wide(labels.to(output.dtype)), reduction="sum")
+    wide = _wide(output)
+    return F.binary_cross_entropy_with_logits(wide, labels.to(wide.dtype), reduction="sum")
 
 
 def _gaussian_loss(output: Tensor, labels: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def refuse_wrapped(model: nn.Module) -> None:
         if compiled and any(type(m) in ADAPTERS for m in module.modules()):
             raise ValueError(
                 f"{name or 'the model'} is compiled with torch.compile, which hides the layers from the "
-                "hooks: train the uncompiled model, or compile only parts without linear layers"
+                "hooks: train the uncompiled model, or compile only parts without layers to precondition"
             )
 
 

@@ -30,4 +30,4 @@ def normalise(images: Tensor) -> Tensor:
     """Pixels 0-255 ``(B, 3, H, W)`` to float32 of mean 0 and variance 1 per channel over the data set."""
     mean = 255 * torch.tensor(MEAN, device=images.device)[:, None, None]
     deviation = 255 * torch.tensor(STANDARD_DEVIATION, device=images.device)[:, None, None]
-    return images.float().sub_(mean).div_(deviation)
+    return (images.float() - mean).div_(deviation)

@@ -27,6 +27,7 @@ CLASSES = (
     "truck",
 )
 SIZE = 32
+IMAGES = {"train": 50_000, "test": 10_000}
 VARIABLE = "KFAC2_CIFAR10"
 FOLDER = "cifar-10-batches-py"
 JPEG = b"\xff\xd8"
@@ -81,6 +82,8 @@ class Cifar10:
     def load(self, train_samples: int | None = None, test_samples: int | None = None) -> tuple[Split, Split]:
         """The training and the test split: the first images of a fixed shuffle, or all in file order.
 
+        The shuffle is one of rows: a source with another order of rows gives other images.
+
         Raises:
             DataError: no source, a broken file, too few images, labels that are not CIFAR-10's.
         """
@@ -103,7 +106,7 @@ class Cifar10:
 
 
 def _choose(samples: int | None, labels: Tensor, origin: str) -> Tensor:
-    """Indices of the images to use; the shuffle is the same on every machine and for every seed."""
+    """Indices of the images to use; the shuffle of the rows is the same on every machine, for every seed."""
     if samples is None:
         return torch.arange(len(labels))
     if samples > len(labels):
@@ -193,9 +196,10 @@ def _download(root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=root) as temporary:
             CIFAR10(temporary, download=True)
-            if not (root / FOLDER).is_dir():  # another training may have been faster
-                os.rename(Path(temporary) / FOLDER, root / FOLDER)
+            os.rename(Path(temporary) / FOLDER, root / FOLDER)
     except (OSError, RuntimeError) as error:
+        if (root / FOLDER).is_dir():  # another training was faster
+            return
         raise Cifar10NotFound(
             f"no CIFAR-10 here. Give one of: a folder of Parquet files in {VARIABLE} or problem.data.path; "
             f"torchvision's {FOLDER} in {root}/ (problem.data.root); network, to download it ({error})"

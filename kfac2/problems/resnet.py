@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac2.problems.augmentation import crop_and_flip, normalise
-from kfac2.problems.cifar10 import CLASSES, JPEG_COPY, Cifar10
+from kfac2.problems.cifar10 import CLASSES, IMAGES, JPEG_COPY, Cifar10, DataError
 
 CHANNELS = (16, 32, 64)
 EVALUATION_BATCH = 500
@@ -127,6 +127,12 @@ class CifarResNet:
             torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=self._generator)))
         ]
         train, test = (data or Cifar10()).load(train_samples, test_samples)
+        for name, split, samples in (("train", train, train_samples), ("test", test, test_samples)):
+            if samples is None and len(split.labels) != IMAGES[name]:
+                raise DataError(
+                    f"all of the {name} split are {IMAGES[name]:,} images, but there are {len(split.labels):,}: "
+                    f"find the missing files, or set problem.{name}_samples"
+                )
         self.train_images, self.train_targets = train.images.to(device), train.labels.to(device)
         self.test_images, self.test_targets = test.images.to(device), test.labels.to(device)
         notes = [label, JPEG_COPY if train.is_jpeg or test.is_jpeg else None]

@@ -42,11 +42,16 @@ class RunDirectory:
 
     def check_label(self, label: str | None) -> None:
         """Raises ``ValueError`` if the record was begun under another label, hence on other data."""
-        if self.provenance.exists() and (begun := self._read()["label"]) != label:
+        if self.provenance.exists() and self.label != label:
             raise ValueError(
-                f"{self.path} was begun as {begun!r} and cannot go on as {label!r}: give it the data that it "
+                f"{self.path} was begun as {self.label!r} and cannot go on as {label!r}: give it the data that it "
                 "was begun with, or rerun=true"
             )
+
+    @property
+    def label(self) -> str | None:
+        """What the record that is there must say on its face."""
+        return self._read()["label"] if self.provenance.exists() else None
 
     def is_complete(self) -> bool:
         return self.provenance.exists() and self._read()["complete"]

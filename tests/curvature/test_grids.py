@@ -15,6 +15,7 @@ from kfac2.curvature.grids import common_grid, pair_grid, resample
         ((), (4, 6), ()),
         ((), (), ()),
         ((4, 6), (1, 8), (1, 6)),  # one row is not one position
+        ((1, 8), (8, 1), ()),  # a row and a column
         ((4, 6), (24,), ()),  # an image and a sequence
     ],
     ids=str,

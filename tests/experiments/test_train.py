@@ -15,6 +15,7 @@ from experiments.overrides import check_overrides
 from experiments.schema import fast_bfloat16
 from experiments.train import CONFIGS, build_training, check_machine, run_directories, train
 from kfac2 import KFAC, TwoLevelKFAC
+from kfac2.figures import scales
 from kfac2.optim.first_order import SGD, Adam
 from kfac2.problems import Cifar10, CifarResNet
 from kfac2.problems.cifar10 import Split
@@ -73,7 +74,8 @@ def test_resnets_compose_with_the_paper_s_values(
     assert training.batch_size == (128 if "kfac" in name else 64)
     assert training.channels_last == (problem != SCALES[0])
     assert training.autocast == (problem != SCALES[0] and fast_bfloat16("cpu"))
-    assert settings.seeds == list(range(3 if problem == SCALES[1] else 5))
+    (scale,) = (scale for scale in scales.SCALES.values() if scale.problem == problem)
+    assert settings.seeds == list(range(scale.seeds)) == list(range(3 if problem == SCALES[1] else 5))
     if "kfac" in name:
         assert (optimizer.damping, optimizer.kl_clip, optimizer.inverse) == (1e-3, 1e-2, "tikhonov")
         assert (optimizer.factor_interval, optimizer.inverse_interval) == intervals

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
+NO_CIFAR10 = 3
 STAND_IN = """#!/bin/sh
 echo "$*" >> {log}
 case "$*" in
@@ -22,10 +23,10 @@ esac
 class Make:
     """Runs targets in this repository, in an environment that is a stand-in."""
 
-    def __init__(self, directory: Path, has_cifar10: bool):
+    def __init__(self, directory: Path, cifar10_status: int = 0):
         self.directory, self.log = directory, directory / "log"
         python = directory / "python"
-        python.write_text(STAND_IN.format(log=self.log, status=0 if has_cifar10 else 1))
+        python.write_text(STAND_IN.format(log=self.log, status=cifar10_status))
         python.chmod(0o755)
         (directory / "ready").touch()
 
@@ -44,7 +45,7 @@ class Make:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    return Make(tmp_path, has_cifar10=True)
+    return Make(tmp_path)
 
 
 def starts(commands: list[str]) -> list[str]:
@@ -65,7 +66,7 @@ def test_reproduce_figure1(make: Make) -> None:
 
 
 def test_without_cifar10_the_figures_are_drawn_all_the_same(tmp_path: Path) -> None:
-    make = Make(tmp_path, has_cifar10=False)
+    make = Make(tmp_path, NO_CIFAR10)
     for figure in ("figure1", "figure3"):
         make.log.write_text("")
         done = make(f"reproduce-{figure}", "SCALE=reduced")
@@ -74,9 +75,15 @@ def test_without_cifar10_the_figures_are_drawn_all_the_same(tmp_path: Path) -> N
         assert starts(make.commands)[-2:] == ["scripts/get_cifar10.py", f"scripts/plot_{figure}.py=reduced"]
 
 
+def test_damaged_images_are_not_taken_for_absent_ones(tmp_path: Path) -> None:
+    make = Make(tmp_path, cifar10_status=1)
+    assert make("reproduce-figure3").returncode != 0
+    assert make.commands == ["scripts/get_cifar10.py"]
+
+
 @pytest.mark.parametrize("target", ["runs-resnet", "runs-resnet-control"])
 def test_training_without_cifar10_fails(tmp_path: Path, target: str) -> None:
-    make = Make(tmp_path, has_cifar10=False)
+    make = Make(tmp_path, NO_CIFAR10)
     assert make(target).returncode != 0
     assert make.commands == ["scripts/get_cifar10.py"]
 

@@ -99,6 +99,53 @@ def test_in_place_activations_after_a_layer(kind: type[KFAC]) -> None:
     assert same(trained(kind, model(inplace=True)), trained(kind, model(inplace=False)))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_place_operations_on_sequences(autocast: bool) -> None:
+    """There a linear layer's output is a view, which such an operation takes out of the graph."""
+
+    def trained_on_sequences(inplace: bool) -> nn.Module:
+        torch.manual_seed(0)
+        layers = nn.Linear(INPUTS, 5), nn.ReLU(inplace), nn.Linear(5, 5), nn.LeakyReLU(0.1, inplace)
+        model = nn.Sequential(nn.Unflatten(1, (2, INPUTS)), *layers, nn.Flatten(), nn.Linear(10, CLASSES))
+        optimizer = build(TwoLevelKFAC, model)
+        for step in range(STEPS):
+            x, y = batch(step, torch.float32)
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                output = model(x.repeat(1, 2))
+            optimizer.update_curvature(output)
+            F.cross_entropy(output.float(), y).backward()
+            optimizer.step()
+        assert optimizer.preconditioner.ready == [True] * 3
+        return model
+
+    assert same(trained_on_sequences(True), trained_on_sequences(False))
+
+
+def test_an_input_that_was_overwritten_is_named_with_the_remedy() -> None:
+    """Under autocast the layer has a copy, and autograd does not notice."""
+
+    class Overwriting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(INPUTS, 4), nn.Linear(4, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(x)
+            output = self.last(self.first(h))
+            h.mul_(100)
+            return output
+
+    model = Overwriting()
+    optimizer = build(KFAC, model)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(batch(0, torch.float32)[0])
+    with pytest.raises(
+        RuntimeError, match=r"input of layer 'first' was changed in place.*exclude=\['first'\]"
+    ):
+        optimizer.update_curvature(output)
+
+
 def test_an_in_place_sum_after_a_layer() -> None:
     class Residual(nn.Module):
         def __init__(self, inplace: bool) -> None:

@@ -127,6 +127,36 @@ def test_a_saved_state_goes_on_bit_identically(kind: type[KFAC], options: dict[s
     assert torch.equal(on, train(twin, resumed, inputs[5:], first=5))
 
 
+def test_a_memory_format_changed_after_construction() -> None:
+    """The fused update reads raw memory, where such a model's gradients no longer lie as its parameters did."""
+    inputs, losses = batches(CHANNELS, 4, 4), []
+    for late in (False, True):
+        torch.manual_seed(0)
+        layers = nn.Conv2d(CHANNELS, 4, 3, bias=False), nn.Tanh(), nn.Conv2d(4, 4, 2, bias=False)
+        model = nn.Sequential(*layers, Mean((2, 3)), nn.Linear(4, CLASSES, bias=False)).double()
+        optimizer = build(KFAC, model)
+        if late:
+            model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        losses.append(train(model, optimizer, inputs))
+    torch.testing.assert_close(*losses)
+
+
+def test_a_momentum_of_another_memory_format() -> None:
+    inputs, losses = batches(4, 4, 4), []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        layers = nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 1), Mean((2, 3)), nn.Linear(4, CLASSES)
+        model = nn.Sequential(*layers).double()
+        first = deepcopy(model).to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
+        optimizer = build(KFAC, first)
+        train(first, optimizer, inputs[:3])
+        model.load_state_dict(first.state_dict())
+        resumed = build(KFAC, model)
+        resumed.load_state_dict(optimizer.state_dict())
+        losses.append(train(model, resumed, inputs[3:], first=3))
+    torch.testing.assert_close(*losses)
+
+
 def test_every_convolution_of_a_resnet_is_covered() -> None:
     optimizer = TwoLevelKFAC(cifar_resnet(110), inverse="tikhonov")
     assert len(optimizer.preconditioner.layers) == 1 + 108 + 2 + 1  # stem, blocks, shortcuts, linear

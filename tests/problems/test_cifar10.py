@@ -223,5 +223,11 @@ def test_the_script_says_where_from(
     assert capsys.readouterr().out == f"CIFAR-10 (JPEG copy) from {tmp_path}\n"
     monkeypatch.delenv("KFAC2_CIFAR10")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="no CIFAR-10 here"):
+    with pytest.raises(SystemExit) as absent:
         get_cifar10.main()
+    assert absent.value.code == get_cifar10.ABSENT
+    assert "no CIFAR-10 here" in capsys.readouterr().err
+    monkeypatch.setenv("KFAC2_CIFAR10", str(tmp_path / "mistyped"))
+    with pytest.raises(SystemExit) as wrong:
+        get_cifar10.main()
+    assert wrong.value.code == 1

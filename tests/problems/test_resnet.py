@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac2.problems import Cifar10, CifarResNet, cifar_resnet
+from kfac2.problems import Cifar10, CifarResNet, DataError, cifar_resnet
 from kfac2.problems.augmentation import crop_and_flip, normalise
 from kfac2.problems.resnet import BasicBlock
 from tests.problems.cifar_files import TEST, TRAIN, write_parquet
@@ -17,6 +17,12 @@ from tests.problems.cifar_files import TEST, TRAIN, write_parquet
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_parquet(tmp_path_factory.mktemp("cifar"))
+
+
+@pytest.fixture(autouse=True)
+def small_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A complete one, in the eyes of the problem."""
+    monkeypatch.setattr("kfac2.problems.resnet.IMAGES", {"train": TRAIN, "test": TEST})
 
 
 def problem(folder: Path, seed: int = 0, **options) -> CifarResNet:
@@ -154,6 +160,15 @@ def test_losses_and_accuracies(folder: Path) -> None:
     assert accuracy.tolist() == [0.75]
     output[0, 0] = torch.nan
     assert p.accuracies(output, targets).isnan().tolist() == [True]
+
+
+def test_all_images_means_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    with pytest.raises(DataError, match=r"train split are 50,000 images, but there are 60.*train_samples"):
+        problem(folder)
+    with pytest.raises(DataError, match=r"test split are 10,000 images.*test_samples"):
+        problem(folder, train_samples=TRAIN)
+    problem(folder, train_samples=TRAIN, test_samples=TEST)
 
 
 def test_label_says_scale_and_copy(folder: Path, tmp_path: Path) -> None:
