@@ -10,7 +10,7 @@ from torch import Tensor
 
 Span = tuple[int, int]
 
-LARGEST_UNFOLDING = 2**24
+LARGEST_UNFOLDING = 2**22
 """Numbers that an unfolding may hold at once: larger batches are taken in parts."""
 
 

@@ -128,8 +128,9 @@ def _without_view(output: Tensor) -> Tensor:
     An in-place operation on a view takes the view's own node out of the graph.
     """
     base = output._base
-    same = base is not None and base.numel() == output.numel() and base.requires_grad
-    return base if same and base.is_contiguous() and output.is_contiguous() else output
+    if base is None or base.numel() != output.numel() or not base.requires_grad:
+        return output
+    return base if base.is_contiguous() and output.is_contiguous() else output
 
 
 def _captured_below(root: Node | None, captured: Any) -> tuple[set[Node], set[Node]]:
