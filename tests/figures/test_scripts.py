@@ -173,9 +173,16 @@ def test_plot_figure3(
 
 def test_no_records_fails_with_the_command(tmp_path: Path) -> None:
     # A SystemExit with a message prints it to stderr and exits with status 1.
-    for script in ("plot_figure1.py", "plot_figure2.py", "plot_figure3.py"):
+    absent = tmp_path / "absent"
+    roots = {
+        "plot_figure1.py": ("--records", "--reference"),
+        "plot_figure2.py": ("--records",),
+        "plot_figure3.py": ("--records", "--reference"),
+    }
+    for script, options in roots.items():
+        places = [part for option in options for part in (option, absent)]
         with pytest.raises(SystemExit, match=r"^error: no records .*python -m experiments\.train"):
-            run_main(script, "--records", tmp_path, "--output", tmp_path / "figures")
+            run_main(script, *places, "--output", tmp_path / "figures")
     assert not (tmp_path / "figures").exists()
 
 
