@@ -105,6 +105,7 @@ class TrainConfig:
     threads: int = MISSING
     runs: str = MISSING
     rerun: bool = MISSING
+    sweep: Any = None
 
 
 def register() -> None:
