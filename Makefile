@@ -6,7 +6,11 @@ READY := $(VENV)/.ready
 OPTIMIZERS := two_level_kfac,kfac,adam,sgd
 TRACKING ?= wandb
 TRAIN_MLP := $(BIN)/python -m experiments.train -m problem=deep_linear_mlp optimizer=$(OPTIMIZERS) \
-	hydra/launcher=joblib tracking=$(TRACKING)
+	hydra/launcher=processes tracking=$(TRACKING)
+
+SWEEP_MLP = $(BIN)/python -m experiments.train -m problem=deep_linear_mlp sweep=paper_grid \
+	hydra/launcher=processes tracking=$(TRACKING)
+COMMA := ,
 
 TRAIN_RESNET = $(BIN)/python scripts/train_resnet.py --scale=$(SCALE) $(if $(SEEDS),--seeds=$(SEEDS)) \
 	tracking=$(TRACKING)
@@ -24,7 +28,7 @@ SCALE ?= $(shell $(BIN)/python -c 'import torch; print("full" if torch.cuda.is_a
 
 .DEFAULT_GOAL := help
 .PHONY: help setup reproduce-figure1 reproduce-figure2 reproduce-figure3 runs-mlp runs-resnet \
-	runs-resnet-control runs-resnet-where-possible figure1 figure2 figure3 test lint format benchmark clean
+	runs-resnet-control runs-resnet-where-possible sweep-mlp sweep-figures figure1 figure2 figure3 test lint format benchmark clean
 .NOTPARALLEL: # every training uses all cores itself
 
 help: ## list the commands
@@ -65,6 +69,17 @@ reproduce-figure2: runs-mlp ## the same for Figure 2 (the MLP of Figure 1)
 
 reproduce-figure3: runs-resnet-where-possible ## the same for Figure 3 (the ResNet of Figure 1)
 	$(BIN)/python scripts/plot_figure3.py --records runs --reference results --output runs/figures --scale=$(SCALE)
+
+sweep-mlp: $(READY) ## the paper's grid of the MLP: train what is missing (an hour or two), table, winners, figures
+	@status=0; for optimizer in $(subst $(COMMA), ,$(OPTIMIZERS)); do \
+		$(SWEEP_MLP) optimizer=$$optimizer || status=1; \
+	done; \
+	$(BIN)/python -m experiments.select sweep=paper_grid runs=runs && \
+	$(BIN)/python scripts/plot_sweep.py --records runs --output runs/figures && exit $$status
+
+sweep-figures: $(READY) ## the grid's table, winners and figures again from the committed records
+	$(BIN)/python -m experiments.select sweep=paper_grid runs=results
+	$(BIN)/python scripts/plot_sweep.py --records results --output results/figures
 
 figure1: $(READY) ## redraw Figure 1 from the committed records, without training
 	$(BIN)/python scripts/plot_figure1.py --records results --reference results --output results/figures $(DRAWN_SCALE)

@@ -1,6 +1,7 @@
 """A run's identity is its resolved configuration; its directory says how that differs from the paper's."""
 
 import hashlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,16 @@ def run_path(config: DictConfig) -> Path:
     """
     own = identity(config)
     problem, optimizer = own["problem"]["name"], own["optimizer"]["name"]
-    same = {"problem": problem, "optimizer": optimizer, "device": config.device, "threads": config.threads}
-    base = identity(compose("train", overrides=[f"{key}={value}" for key, value in same.items()]))
+    base = _paper_identity(problem, optimizer, config.device, config.threads)
     if config.problem.one_record_per_seed:
         own, base = own | {"seeds": None}, base | {"seeds": None}
     return Path(config.runs) / problem / optimizer / variant_name(own, base)
+
+
+@cache
+def _paper_identity(problem: str, optimizer: str, device: str, threads: int) -> dict[str, Any]:
+    choices = {"problem": problem, "optimizer": optimizer, "device": device, "threads": threads}
+    return identity(compose("train", overrides=[f"{key}={value}" for key, value in choices.items()]))
 
 
 def variant_name(own: dict[str, Any], base: dict[str, Any]) -> str:

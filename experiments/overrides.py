@@ -18,10 +18,12 @@ GROUPS = ("problem", "optimizer", "recipe", "tracking", "sweep")
 
 
 def check_overrides(arguments: Sequence[str], config_dir: str) -> None:
-    """Raises ``SystemExit`` with a message for a setting that no chosen configuration has."""
+    """Raises ``SystemExit`` with a message for a setting that no chosen configuration has, or a sweep
+    that would not be the one asked for."""
     try:
         overrides = OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-")])
         settings = [o for o in overrides if not _is_foreign(o)]
+        _check_sweep(overrides, is_plain_run=not any(a.startswith("-") for a in arguments))
         with initialize_config_dir(config_dir, version_base="1.3"):
             configs = [compose("train", overrides=list(choice)) for choice in _choices(overrides)]
     except HydraException:
@@ -30,6 +32,20 @@ def check_overrides(arguments: Sequence[str], config_dir: str) -> None:
     for override in settings:
         if override.key_or_group not in known:
             raise SystemExit(_message(override.key_or_group, known))
+
+
+def _check_sweep(overrides: Sequence[Override], is_plain_run: bool) -> None:
+    """A sweep's grid is that of one optimizer, and Hydra would ignore it without -m."""
+    chosen = {o.key_or_group: o for o in overrides}
+    if "sweep" not in chosen:
+        return
+    name = chosen["sweep"].get_value_element_as_str()
+    if is_plain_run:
+        raise SystemExit(f"sweep={name} needs -m: python -m experiments.train -m sweep={name} ...")
+    if "optimizer" in chosen and chosen["optimizer"].is_sweep_override():
+        raise SystemExit(
+            f"sweep={name} has a grid for each optimizer: one optimizer at a time, or all with make sweep-mlp"
+        )
 
 
 def _is_foreign(override: Override) -> bool:

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import joblib
 import torch
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, OmegaConf
 
 
@@ -109,7 +111,9 @@ class TrainConfig:
 
 
 def register() -> None:
+    OmegaConf.register_new_resolver("chosen", chosen, replace=True)
     OmegaConf.register_new_resolver("fast_bfloat16", fast_bfloat16, replace=True)
+    OmegaConf.register_new_resolver("processes", processes, replace=True)
     OmegaConf.register_new_resolver("thousands", "{:,}".format, replace=True)
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
@@ -117,6 +121,16 @@ def register() -> None:
     store.store(group="schema/problem", name="cifar_resnet", node=CifarResNetConfig)
     for config in (SGDConfig, AdamConfig, KFACConfig, TwoLevelKFACConfig):
         store.store(group="schema/optimizer", name=config.name, node=config)
+
+
+def chosen(group: str) -> str | None:
+    """The option chosen of a group of configurations; None where there is no command line."""
+    return HydraConfig.get().runtime.choices.get(group) if HydraConfig.initialized() else None
+
+
+def processes(device: str, threads: int) -> int:
+    """How many trainings of ``threads`` threads each this machine carries at once; one on a GPU."""
+    return 1 if device.startswith("cuda") else max(1, joblib.cpu_count() // max(1, threads))
 
 
 def fast_bfloat16(device: str) -> bool:

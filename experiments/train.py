@@ -13,6 +13,7 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -20,7 +21,7 @@ from experiments.identity import identity, run_path
 from experiments.overrides import check_overrides
 from experiments.schema import register
 from kfac2.problems import DataError
-from kfac2.training.records import RunDirectory
+from kfac2.training.records import RecordInUseError, RunDirectory, clear_failure, write_failure
 from kfac2.training.trainer import Training, TrainingSettings, prefer_deterministic_kernels
 
 CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
@@ -30,7 +31,27 @@ register()
 
 @hydra.main(config_path=CONFIGS, config_name="train", version_base="1.3")
 def main(config: DictConfig) -> None:
-    train(config, position=OmegaConf.select(HydraConfig.get(), "job.num", default=0))  # pyright: ignore
+    own = HydraConfig.get()
+    if own.mode is RunMode.MULTIRUN:
+        train_in_sweep(config, position=own.job.num)
+    else:
+        train(config)
+
+
+def train_in_sweep(config: DictConfig, position: int = 0) -> None:
+    """``train``; a failure is recorded where the record would be, for the sweep's summary.
+
+    The launchers let the other configurations go on, and raise the first failure at the end.
+    """
+    try:
+        train(config, position)
+    except RecordInUseError:
+        raise  # another process is doing it
+    except Exception as error:
+        write_failure(run_path(config), identity(config), error)
+        print(f"{run_path(config)}: failed: {error}", file=sys.stderr)
+        raise
+    clear_failure(run_path(config))
 
 
 def train(config: DictConfig, position: int = 0) -> None:

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def overrides(problem: str, seeds: Sequence[str], machine: str) -> list[str]:
     """Hydra's arguments for one training per seed; all optimizers of a seed come before the next seed."""
-    where = "device=cuda" if machine == "GPU" else "hydra/launcher=joblib"
+    where = "device=cuda" if machine == "GPU" else "hydra/launcher=processes"
     return ["-m", f"problem={problem}", f"seeds={','.join(f'[{seed}]' for seed in seeds)}", where]
 
 

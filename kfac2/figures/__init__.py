@@ -3,32 +3,49 @@
 from kfac2.figures.curves import accuracy_against_epochs, loss_against_epochs, loss_against_seconds
 from kfac2.figures.figures import Panel, accuracy_figure, figure1, figure1_seconds, save_figure
 from kfac2.figures.finals import final_markdown, final_table, order_table
+from kfac2.figures.grid import Point, Winner, grid_markdown, grid_table, winners, winners_frame
 from kfac2.figures.long_table import by_optimizer, load_records
 from kfac2.figures.records import NoRecordsError, Record, RecordError, load_record
-from kfac2.figures.statistics import seed_interval, seed_median, seed_table
+from kfac2.figures.sensitivity import sensitivity_figure
+from kfac2.figures.statistics import (
+    final_losses,
+    paired_difference,
+    seed_interval,
+    seed_median,
+    seed_table,
+)
 from kfac2.figures.summary import Summary, summarize
 
 __all__ = [
     "NoRecordsError",
     "Panel",
+    "Point",
     "Record",
     "RecordError",
     "Summary",
+    "Winner",
     "accuracy_against_epochs",
     "accuracy_figure",
     "by_optimizer",
     "figure1",
     "figure1_seconds",
+    "final_losses",
     "final_markdown",
     "final_table",
+    "grid_markdown",
+    "grid_table",
     "load_record",
     "load_records",
     "loss_against_epochs",
     "loss_against_seconds",
     "order_table",
+    "paired_difference",
     "save_figure",
     "seed_interval",
     "seed_median",
     "seed_table",
+    "sensitivity_figure",
     "summarize",
+    "winners",
+    "winners_frame",
 ]

@@ -146,10 +146,10 @@ def _draw(axes: Axes, frame: pd.DataFrame, metric: str, x: str, styles: Styles |
     axes.set_ylim(_limits(tables, log=log))
     axes.set_ylabel(METRIC_LABELS.get(metric, metric))
     mean = "geometric mean" if log else "mean"
-    _add_legend(axes, f"{mean} and 95% interval, {seed_counts(frame)}", columns=1 if noted else 2)
+    add_legend(axes, f"{mean} and 95% interval, {seed_counts(frame)}", columns=1 if noted else 2)
 
 
-def _add_legend(axes: Axes, title: str, columns: int) -> None:
+def add_legend(axes: Axes, title: str, columns: int) -> None:
     """Below the label of the x axis, where no curve can be."""
     below = ScaledTranslation(0, -0.38, axes.figure.dpi_scale_trans)
     axes.legend(

@@ -37,7 +37,7 @@ def figure1(panels: Sequence[Panel]) -> Figure:
 
     def draw(axes: Axes, panel: Panel) -> None:
         curves.loss_against_epochs(axes, panel.frame, styles=styles)
-        _set_title(axes, panel.title, panel.remarks)
+        set_title(axes, panel.title, panel.remarks)
 
     return _figure([partial(draw, panel=panel) for panel in panels])
 
@@ -49,7 +49,7 @@ def figure1_seconds(panels: Sequence[Panel]) -> Figure:
     def draw(axes: Axes, panel: Panel) -> None:
         curves.loss_against_seconds(axes, panel.frame, styles=styles)
         title = f"{panel.title} ({curves.machines(panel.frame)})"
-        _set_title(axes, title, panel.remarks)
+        set_title(axes, title, panel.remarks)
 
     return _figure([partial(draw, panel=panel) for panel in panels])
 
@@ -59,7 +59,7 @@ def accuracy_figure(panel: Panel) -> Figure:
 
     def draw(axes: Axes, metric: str) -> None:
         curves.accuracy_against_epochs(axes, panel.frame, metric)
-        _set_title(axes, panel.title, panel.remarks)
+        set_title(axes, panel.title, panel.remarks)
 
     return _figure([partial(draw, metric=m) for m in ("train_accuracy", "test_accuracy")])
 
@@ -91,6 +91,6 @@ def _common_styles(panels: Sequence[Panel]) -> dict[str, Style]:
     return optimizer_styles(name for panel in panels for name in panel.frame["optimizer"])
 
 
-def _set_title(axes: Axes, *lines: str) -> None:
+def set_title(axes: Axes, *lines: str) -> None:
     wrapped = (textwrap.fill(line, TITLE_WIDTH, break_on_hyphens=False) for line in lines if line)
     axes.set_title("\n".join(wrapped))

@@ -10,7 +10,7 @@ from kfac2.figures.curves import machines, seed_counts
 from kfac2.figures.figures import Panel
 from kfac2.figures.long_table import by_optimizer
 from kfac2.figures.markdown import markdown_table, mean_with_interval, number
-from kfac2.figures.statistics import seed_interval, seed_median, seed_table
+from kfac2.figures.statistics import paired_difference, seed_interval, seed_median, seed_table
 from kfac2.figures.style import optimizer_styles
 
 METRICS = ("train_loss", "train_accuracy", "test_accuracy")
@@ -48,19 +48,9 @@ def order_table(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for lower, higher in pairwise(ordered):
         bounds = ordered[lower]["high"], ordered[higher]["low"]
-        pairs = (ends[higher] - ends[lower]).dropna()
-        difference = seed_interval(pairs.to_frame().T).iloc[0]
-        rows.append(
-            {
-                "lower": lower,
-                "higher": higher,
-                "overlap": None if np.isnan(bounds).any() else bounds[0] >= bounds[1],
-                "difference": difference["mean"],
-                "low": difference["low"],
-                "high": difference["high"],
-                "seeds": len(pairs),
-            }
-        )
+        overlap = None if np.isnan(bounds).any() else bounds[0] >= bounds[1]
+        row = {"lower": lower, "higher": higher, "overlap": overlap}
+        rows.append(row | paired_difference(ends[higher], ends[lower]))
     columns = ["lower", "higher", "overlap", "difference", "low", "high", "seeds"]
     return pd.DataFrame(rows, columns=columns)
 

@@ -16,6 +16,7 @@ from kfac2.figures.records import (
     Record,
     RecordError,
     config_value,
+    curves_file,
     load_record,
     read_provenance,
 )
@@ -26,6 +27,7 @@ def load_records(
     problem: str,
     *,
     variant: str | None = "paper",
+    optimizer: str | None = None,
     allow_incomplete: bool = False,
 ) -> pd.DataFrame:
     """Read the records of one problem into one long table.
@@ -35,6 +37,7 @@ def load_records(
             per seed in ``seed=<s>/``.
         problem: name of the problem.
         variant: name of the variant; None reads them all.
+        optimizer: name of the optimizer; None reads them all.
         allow_incomplete: read unfinished records too instead of skipping them with a warning. Seeds
             with a record each are then cut to the epochs that all of them have.
 
@@ -52,9 +55,9 @@ def load_records(
     home = Path(root) / problem
     records = defaultdict(list)
     unfinished = []
-    for path in _record_directories(home, variant):
+    for path in _record_directories(home, variant, optimizer):
         complete = read_provenance(path / PROVENANCE)["complete"]
-        if not complete and not (allow_incomplete and (path / CURVES).exists()):
+        if not complete and not (allow_incomplete and curves_file(path).exists()):
             unfinished.append(str(path))
             continue
         record = load_record(path)
@@ -72,15 +75,16 @@ def by_optimizer(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {str(name): curves for name, curves in frame.groupby("optimizer", sort=False)}
 
 
-def _record_directories(home: Path, variant: str | None) -> list[Path]:
+def _record_directories(home: Path, variant: str | None, optimizer: str | None = None) -> list[Path]:
     """In the order of optimizers and variants, and of the seeds as numbers."""
     paths = [*home.glob("*/*"), *home.glob(f"*/*/{SEED_PREFIX}*")]
     variants = {path: path.relative_to(home).parts[:2] for path in paths}
     found = [
         path
         for path in paths
-        if variant in (None, variants[path][1])
-        and any((path / name).exists() for name in (CURVES, PROVENANCE))
+        if optimizer in (None, variants[path][0])
+        and variant in (None, variants[path][1])
+        and any((path / name).exists() for name in (*CURVES, PROVENANCE))
     ]
     return sorted(found, key=lambda path: (variants[path], len(path.name), path.name))
 

@@ -1,11 +1,14 @@
 """Reading one record that training leaves behind.
 
 A record is a directory ``<root>/<problem>/<optimizer>/<variant>/``, or ``seed=<s>/`` in it where every
-seed is trained alone, with two files: ``curves.csv``, one row per (seed, epoch), and
-``provenance.json``, the resolved configuration and where the numbers come from.
+seed is trained alone, with two files: ``curves.csv``, one row per (seed, epoch), or ``curves.csv.gz``,
+the same packed; and ``provenance.json``, the resolved configuration and where the numbers come from.
 """
 
+import gzip
+import io
 import json
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from functools import reduce
@@ -15,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-CURVES = "curves.csv"
+CURVES = ("curves.csv", "curves.csv.gz")
 PROVENANCE = "provenance.json"
 SEED_PREFIX = "seed="
 REQUIRED_COLUMNS = (
@@ -32,6 +35,15 @@ ALWAYS_FINITE = (
     "learning_rate",
     "seconds",
 )  # everything else may be NaN or inf for a diverged seed
+
+DAMAGED = (
+    pd.errors.EmptyDataError,
+    pd.errors.ParserError,
+    UnicodeDecodeError,
+    gzip.BadGzipFile,
+    EOFError,
+    zlib.error,
+)
 
 
 class RecordError(ValueError):
@@ -91,10 +103,16 @@ def load_record(path: str | Path) -> Record:
             is marked complete but lacks seeds or epochs of its own configuration.
     """
     path = Path(path)
-    record = Record(path, _read_curves(path / CURVES), read_provenance(path / PROVENANCE))
+    record = Record(path, _read_curves(curves_file(path)), read_provenance(path / PROVENANCE))
     if record.complete:
         _check_complete(record)
     return record
+
+
+def curves_file(path: Path) -> Path:
+    """The record's curves, plain rather than packed."""
+    plain, packed = (path / name for name in CURVES)
+    return packed if packed.exists() and not plain.exists() else plain
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
@@ -112,10 +130,12 @@ def read_provenance(path: Path) -> dict[str, Any]:
 def _read_curves(path: Path) -> pd.DataFrame:
     try:
         text = path.read_bytes()
-        curves = pd.read_csv(path)
+        if path.suffix == ".gz":
+            text = gzip.decompress(text)
+        curves = pd.read_csv(io.BytesIO(text))
     except FileNotFoundError:
         raise NoRecordsError(f"{path} does not exist: no epoch has finished yet") from None
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+    except DAMAGED as error:
         raise RecordError(f"{path} is damaged ({error}); run the training again") from error
     missing = [column for column in REQUIRED_COLUMNS if column not in curves]
     if missing:

@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+FINAL_EPOCHS = 5
+
 
 def seed_table(curves: pd.DataFrame, metric: str) -> pd.DataFrame:
     """One record's ``metric`` as a table, epochs by seeds, with NaN from a seed's divergence on.
@@ -59,6 +61,28 @@ def seed_median(table: pd.DataFrame) -> pd.Series:
     A diverged seed counts as +inf: a median cannot be improved by seeds that fail.
     """
     return table.where(_finite_so_far(table)).fillna(np.inf).median(axis=1)
+
+
+def final_losses(curves: pd.DataFrame, epochs: int = FINAL_EPOCHS) -> pd.Series:
+    """The final training loss by seed: the mean over the last ``epochs``; NaN for a diverged seed."""
+    return seed_table(curves, "train_loss").tail(epochs).mean(skipna=False)
+
+
+def paired_difference(first: pd.Series, second: pd.Series, confidence: float = 0.95) -> dict[str, float]:
+    """The mean of ``first - second`` over the seeds that both have, paired by seed.
+
+    Args: values by seed; a diverged seed's is NaN and leaves the pair out.
+
+    Returns: ``difference`` with its Student-t interval ``low``, ``high``, and the number of ``seeds``.
+    """
+    pairs = (first - second).dropna()
+    interval = seed_interval(pairs.to_frame().T, confidence=confidence).iloc[0]
+    return {
+        "difference": interval["mean"],
+        "low": interval["low"],
+        "high": interval["high"],
+        "seeds": len(pairs),
+    }
 
 
 def _pivot(curves: pd.DataFrame, metric: str) -> pd.DataFrame:

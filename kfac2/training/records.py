@@ -20,6 +20,11 @@ import torch
 import kfac2
 
 Row = dict[str, float | int]
+FAILURE = "failure.json"
+
+
+class RecordInUseError(RuntimeError):
+    """Another process is writing the record."""
 
 
 class RunDirectory:
@@ -64,7 +69,7 @@ class RunDirectory:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise RuntimeError(f"another process is writing {self.path}: wait for it") from None
+                raise RecordInUseError(f"another process is writing {self.path}: wait for it") from None
             yield
 
     def clear(self) -> None:
@@ -81,7 +86,7 @@ class RunDirectory:
             "torch_version": torch.__version__,
             "device": device,
             "threads": torch.get_num_threads(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "date": now(),
         }
         text = json.dumps(content, indent=2) + "\n"
         write_atomically(self.provenance, lambda path: path.write_text(text))
@@ -114,6 +119,27 @@ def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") 
             yield from _differences(old, new, f"{prefix}{key}.")
         elif old != new or (key in there) != (key in here):
             yield f"{prefix}{key}={old} there, {new} here"
+
+
+def write_failure(path: Path, config: dict[str, Any], error: Exception) -> None:
+    """Leave word, where the record would be, of a configuration that a sweep could not train."""
+    content = {
+        "error": f"{type(error).__name__}: {error}",
+        "config": config,
+        "code_version": code_version(),
+        "date": now(),
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(path / FAILURE, lambda file: file.write_text(text))
+
+
+def clear_failure(path: Path) -> None:
+    (path / FAILURE).unlink(missing_ok=True)
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:

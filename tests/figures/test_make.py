@@ -148,7 +148,13 @@ def test_what_is_trained_on_a_cpu(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     command, status = train_resnet(f"--scale={scale}", "optimizer=sgd,adam")
-    expected = ["-m", f"problem={problem}", f"seeds={seeds}", "hydra/launcher=joblib", "optimizer=sgd,adam"]
+    expected = [
+        "-m",
+        f"problem={problem}",
+        f"seeds={seeds}",
+        "hydra/launcher=processes",
+        "optimizer=sgd,adam",
+    ]
     assert command == ["-m", "experiments.train", *expected]
     assert status == 3
     assert f"at {scale} scale on the CPU" in capsys.readouterr().out
@@ -158,3 +164,25 @@ def test_what_is_trained_on_a_gpu(train_resnet: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     command, _ = train_resnet("--scale=full", "--seeds=3,4")
     assert command[3:] == ["problem=resnet110_cifar10", "seeds=[3],[4]", "device=cuda"]
+
+
+def test_sweep_mlp_goes_on_after_a_failure_and_says_it_at_the_end(tmp_path: Path) -> None:
+    make = Make(tmp_path)
+    python = tmp_path / "python"
+    python.write_text(python.read_text() + "case $* in *optimizer=kfac) exit 1 ;; esac\n")
+    done = make("sweep-mlp")
+    assert done.returncode != 0
+    swept = [line.rpartition("optimizer=")[2] for line in make.commands if "experiments.train -m" in line]
+    assert swept == ["two_level_kfac", "kfac", "adam", "sgd"]
+    assert all("sweep=paper_grid" in line for line in make.commands[:4])
+    assert [line.split(" ")[:2] for line in make.commands[4:]] == [
+        ["-m", "experiments.select"],
+        ["scripts/plot_sweep.py", "--records"],
+    ]
+
+
+def test_sweep_figures_come_from_the_committed_records(make: Make) -> None:
+    assert make("sweep-figures").returncode == 0
+    assert [line for line in make.commands if "experiments.train" in line] == []
+    assert "runs=results" in make.commands[0]
+    assert "--records results --output results/figures" in make.commands[1]

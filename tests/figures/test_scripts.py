@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from kfac2.figures import Point, grid_table
+from kfac2.figures.style import OPTIMIZERS
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -72,6 +75,23 @@ def test_plot_figure2(write_all: Callable[..., None], tmp_path: Path) -> None:
     run_main("plot_figure2.py", *places, "--variant", "training.epochs=5")
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     assert names == {"figure2.pdf", "figure2.png"}
+
+
+def test_plot_sweep(
+    write_all: Callable[..., None], write_record: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_all()
+    write_record("kfac", variant="lr=0.01", edit=lambda curves: curves.update(curves[["train_loss"]] / 5))
+    points = [Point(name, "paper", [0, 1, 2, 3, 4], {"lr": 1e-3}) for name in OPTIMIZERS]
+    points.append(Point("kfac", "lr=0.01", [0, 1, 2, 3, 4], {"lr": 1e-2}))
+    places = ("--records", tmp_path / "runs", "--output", tmp_path / "figures")
+    with pytest.raises(SystemExit, match=r"grid\.csv does not exist; make it with: .*select sweep=grid"):
+        run_main("plot_sweep.py", *places, "--sweep", "grid")
+    table = grid_table(tmp_path / "runs", "deep_linear_mlp", points)
+    table.to_csv(tmp_path / "runs" / "deep_linear_mlp" / "grid.csv", index=False)
+    run_main("plot_sweep.py", *places, "--sweep", "grid")
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert drawn == {f"grid_{name}.{suffix}" for name in ("best", "sensitivity") for suffix in ("pdf", "png")}
 
 
 @pytest.fixture

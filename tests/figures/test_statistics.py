@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from kfac2.figures import seed_interval, seed_median, seed_table
+from kfac2.figures import paired_difference, seed_interval, seed_median, seed_table
 
 
 def table(*rows: list[float]) -> pd.DataFrame:
@@ -88,3 +88,13 @@ def test_seed_table_masks_every_metric_of_a_seed_whose_training_loss_diverged() 
     assert accuracy[0].tolist() == [0.7, 0.8, 0.9]
     assert accuracy[1].isna().tolist() == [False, True, True]
     assert seed_table(curves, "test_loss")[0].isna().tolist() == [True, True, True]
+
+
+def test_paired_difference_is_a_paired_t_test() -> None:
+    first = pd.Series([1.0, 2.0, 4.0, math.nan, 7.0], index=[0, 1, 2, 3, 5])
+    second = pd.Series([0.5, 2.5, 2.0, 1.0, 9.0], index=[0, 1, 2, 3, 4])
+    pair = paired_difference(first, second)
+    interval = stats.ttest_rel([1, 2, 4], [0.5, 2.5, 2]).confidence_interval()
+    assert pair["difference"] == pytest.approx(2 / 3)
+    assert (pair["low"], pair["high"]) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    assert pair["seeds"] == 3

@@ -1,7 +1,9 @@
 """The trainer's rows against a plain loop, its record, and what a diverged seed leaves."""
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -13,7 +15,7 @@ from kfac2 import TwoLevelKFAC
 from kfac2.optim.first_order import SGD, Adam
 from kfac2.problems import Cifar10, CifarResNet, DeepLinearMLP
 from kfac2.training.records import RunDirectory, write_atomically
-from kfac2.training.tracking import NoTracker, WandbTracker
+from kfac2.training.tracking import NoTracker, WandbTracker, summary
 from kfac2.training.trainer import Training, TrainingSettings
 from tests.problems.cifar_files import write_parquet
 
@@ -273,17 +275,53 @@ def test_wandb_receives_one_offline_run_per_seed(tmp_path: Path) -> None:
     assert len({run.parent.name.rpartition("-")[2] for run in runs}) == 2
 
 
-def test_seeds_trained_one_by_one_share_a_wandb_group(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What W&B's runs are started with; ``options["run"]`` is the run."""
     import wandb
 
-    started: list[dict[str, Any]] = []
-    monkeypatch.setattr(wandb, "init", lambda **options: started.append(options))
+    calls: list[dict[str, Any]] = []
+
+    def init(**options: Any) -> Any:
+        run = SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None, summary={})
+        calls.append(options | {"run": run})
+        return run
+
+    monkeypatch.setattr(wandb, "init", init)
+    return calls
+
+
+def test_seeds_trained_one_by_one_share_a_wandb_group(tmp_path: Path, started: list[dict[str, Any]]) -> None:
     for seed in (0, 1):
         WandbTracker(directory=str(tmp_path)).start(CONFIG | {"seeds": [seed]}, first_epoch=1)
     assert started[0]["group"] == started[1]["group"]
     assert started[0]["id"] != started[1]["id"]
+
+
+def test_a_sweep_is_a_wandb_group_with_tags_and_summaries(
+    tmp_path: Path, started: list[dict[str, Any]]
+) -> None:
+    for rate in (0.1, 0.2):
+        config = CONFIG | {"optimizer": {"name": "sgd", "lr": rate}}
+        tracker = WandbTracker(directory=str(tmp_path), recipe="deep_linear_mlp/sgd", sweep="paper_grid")
+        training(7).run(RunDirectory(tmp_path / str(rate), config), tracker)
+    assert {each["group"] for each in started} == {"deep_linear_mlp-paper_grid"}
+    assert started[1]["tags"] == ["deep_linear_mlp", "sgd", "deep_linear_mlp/sgd", "paper_grid", "seed1"]
+    assert len({each["config"]["configuration"] for each in started}) == 2
+    assert started[0]["config"]["recipe"] == "deep_linear_mlp/sgd"
+    rows = pd.read_csv(tmp_path / "0.1" / "curves.csv").query("seed == 1")
+    summary = started[1]["run"].summary
+    assert summary["final_train_loss"] == pytest.approx(rows["train_loss"].tail(5).mean())
+    assert summary["best_test_accuracy"] == pytest.approx(rows["test_accuracy"].max())
+    assert (summary["epochs"], summary["diverged"]) == (7, False)
+
+
+def test_a_diverged_seed_s_summary() -> None:
+    finite, nan = {"train_loss": 1.0, "test_loss": 1.0, "test_accuracy": 0.5, "seconds": 1.0}, math.nan
+    diverged = summary([finite, finite | {"train_loss": nan, "test_accuracy": nan}])
+    assert diverged["diverged"]
+    assert diverged["best_test_accuracy"] == 0.5
+    assert math.isnan(diverged["final_train_loss"])
 
 
 def test_a_wandb_failure_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

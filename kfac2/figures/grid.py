@@ -1,0 +1,219 @@
+"""A grid search's records as one table, each optimizer's winner by a stated rule, and text."""
+
+import json
+import warnings
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from kfac2.figures.long_table import load_records
+from kfac2.figures.markdown import markdown_table, mean_with_interval, number
+from kfac2.figures.records import NoRecordsError
+from kfac2.figures.statistics import FINAL_EPOCHS, final_losses, paired_difference, seed_interval
+from kfac2.figures.style import optimizer_styles
+
+COMPLETE = "complete"
+RULE = (
+    f"Final loss: the mean training loss of a seed over its last {FINAL_EPOCHS} epochs. The winner of an optimizer is "
+    "the configuration with the lowest median over all seeds, in which a diverged seed counts as infinite, so that "
+    "no configuration gains by a seed that fails; of equal medians the one with fewer diverged seeds, then the "
+    "first of the grid. The mean and its 95% Student-t interval leave diverged seeds out, and decide nothing."
+)
+
+
+class Point(NamedTuple):
+    """One configuration of a grid: where its records are, which ``seeds`` it trains, and the swept
+    ``settings`` by their name (``{"lr": 0.01, "momentum": 0.9}``)."""
+
+    optimizer: str
+    variant: str
+    seeds: list[int]
+    settings: dict[str, Any]
+
+
+class Winner(NamedTuple):
+    """Of one optimizer: its ``row`` of the table and its ``variant``."""
+
+    variant: str
+    row: dict[str, Any]
+
+
+def grid_table(root: str | Path, problem: str, points: Sequence[Point]) -> pd.DataFrame:
+    """One row per point, sorted by optimizer (in the order of the legend) and ``median``.
+
+    Columns: ``optimizer``, the swept settings (NaN where an optimizer has no such setting), number of
+    ``seeds``, of these ``diverged``, ``median``, ``mean``, ``low``, ``high``, ``lowest``, ``highest`` of the final
+    loss over seeds (see ``RULE``), ``status``: complete, incomplete, missing or failed with its reason,
+    ``variant`` and the records' ``label``. Numbers are NaN unless the status is complete.
+
+    Raises:
+        RecordError: a record is damaged, see ``load_records``.
+    """
+    rows = [_row(Path(root), problem, point) for point in points]
+    table = pd.DataFrame(rows).reset_index(names="place")
+    order = list(optimizer_styles(table["optimizer"]))
+    table["rank"] = table["optimizer"].map(order.index)
+    settings = list(dict.fromkeys(name for point in points for name in point.settings))
+    columns = [
+        "optimizer",
+        *settings,
+        "seeds",
+        "diverged",
+        "median",
+        "mean",
+        "low",
+        "high",
+        "lowest",
+        "highest",
+    ]
+    table = table.sort_values(["rank", "median", "diverged", "place"], ignore_index=True)
+    return table.loc[:, [*columns, "status", "variant", "label"]]
+
+
+def winners(table: pd.DataFrame) -> dict[str, Winner]:
+    """Each optimizer's winner so far, by ``RULE``; none where every configuration's median is infinite."""
+    finite = table.loc[np.isfinite(table["median"].astype(float))]
+    best = finite.drop_duplicates("optimizer").to_dict("records")
+    return {row["optimizer"]: Winner(row["variant"], {str(k): v for k, v in row.items()}) for row in best}
+
+
+def is_decided(table: pd.DataFrame, optimizer: str) -> bool:
+    """Whether every configuration of the optimizer has been trained, or has failed."""
+    statuses = table.loc[table["optimizer"] == optimizer, "status"]
+    return all(status == COMPLETE or status.startswith("failed") for status in statuses)
+
+
+def winners_frame(root: str | Path, problem: str, table: pd.DataFrame) -> pd.DataFrame:
+    """The records of the winners as one long table, as ``load_records`` returns it.
+
+    Raises:
+        NoRecordsError: there is no winner.
+    """
+    best = winners(table)
+    if not best:
+        raise NoRecordsError(f"no configuration of the grid has a finite loss in {Path(root) / problem}")
+    return pd.concat(
+        [
+            load_records(root, problem, optimizer=name, variant=winner.variant)
+            for name, winner in best.items()
+        ],
+        ignore_index=True,
+    )
+
+
+def grid_markdown(title: str, table: pd.DataFrame, best: pd.DataFrame | None) -> str:
+    """The table as text, an optimizer at a time, the winners, and these paired with each other.
+
+    ``best``: the winners' records (``winners_frame``), None if there are none.
+    """
+    labels = {name: style.label for name, style in optimizer_styles(table["optimizer"]).items()}
+    found = sorted(set(table["label"]) - {""})
+    paragraphs = [f"## {title}", *(f"**{label}**" for label in found), RULE, _winner_text(table, labels)]
+    if best is not None:
+        paragraphs.append(_pairs_text(best, labels))
+    for name, label in labels.items():
+        paragraphs += [f"### {label}", _optimizer_text(table.loc[table["optimizer"] == name])]
+    return "\n\n".join(filter(None, paragraphs)) + "\n"
+
+
+def _row(root: Path, problem: str, point: Point) -> dict[str, Any]:
+    row = {
+        "optimizer": point.optimizer,
+        **point.settings,
+        "seeds": len(point.seeds),
+        "variant": point.variant,
+    }
+    home = root / problem / point.optimizer / point.variant
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # unfinished records: the status says so
+            frame = load_records(root, problem, optimizer=point.optimizer, variant=point.variant)
+    except NoRecordsError:
+        return row | _no_numbers(_what_is_there(home))
+    if sorted(set(frame["seed"])) != sorted(point.seeds):
+        return row | _no_numbers(_what_is_there(home, "incomplete"))
+    labels = " / ".join(sorted(set(frame["label"]) - {""}))
+    return row | _numbers(final_losses(frame)) | {"status": COMPLETE, "label": labels}
+
+
+def _numbers(losses: pd.Series) -> dict[str, Any]:
+    interval = seed_interval(losses.to_frame().T).iloc[0]
+    counted = losses.fillna(np.inf)
+    return {
+        "diverged": int(losses.isna().sum()),
+        "median": counted.median(),
+        **{name: interval[name] for name in ("mean", "low", "high")},
+        "lowest": counted.min(),
+        "highest": counted.max(),
+    }
+
+
+def _no_numbers(status: str) -> dict[str, Any]:
+    names = ("diverged", "median", "mean", "low", "high", "lowest", "highest")
+    return dict.fromkeys(names, np.nan) | {"status": status, "label": ""}
+
+
+def _what_is_there(home: Path, otherwise: str = "missing") -> str:
+    failure = home / "failure.json"
+    if failure.exists():
+        return f"failed: {json.loads(failure.read_text())['error']}"
+    return "incomplete" if list(home.rglob("provenance.json")) else otherwise
+
+
+def _winner_text(table: pd.DataFrame, labels: dict[str, str]) -> str:
+    best = winners(table)
+    rows = []
+    for name, label in labels.items():
+        statuses = list(table.loc[table["optimizer"] == name, "status"])
+        progress = f"{statuses.count(COMPLETE)} of {len(statuses)}"
+        if name not in best:
+            rows.append((label, "none", "-", "-", "-", progress))
+            continue
+        row = best[name].row
+        settings = _settings_text(row, table) + ("" if is_decided(table, name) else " (so far)")
+        rows.append((label, settings, *_cells(row), progress))
+    header = ("optimizer", "winner", "median", "mean [95% interval]", "diverged", "configurations trained")
+    return markdown_table(header, rows)
+
+
+def _pairs_text(best: pd.DataFrame, labels: dict[str, str]) -> str:
+    """The winners' final losses against each other."""
+    losses = {str(name): final_losses(curves) for name, curves in best.groupby("optimizer", sort=False)}
+    rows = []
+    for second, first in combinations([name for name in labels if name in losses], 2):
+        pair = paired_difference(losses[first], losses[second])
+        difference = mean_with_interval(pair["difference"], pair["low"], pair["high"])
+        rows.append((f"{labels[first]} - {labels[second]}", difference, str(pair["seeds"])))
+    if not rows:
+        return ""
+    header = ("winners", "difference of the final losses, paired by seed [95% interval]", "shared seeds")
+    return markdown_table(header, rows)
+
+
+def _optimizer_text(own: pd.DataFrame) -> str:
+    settings = [name for name in _setting_names(own) if not all(own[name].isna())]
+    header = (*settings, "median", "mean [95% interval]", "diverged", "status")
+    rows = [
+        (*(f"{row[name]:g}" for name in settings), *_cells(row), row["status"])
+        for row in own.to_dict("records")
+    ]
+    return markdown_table(header, rows)
+
+
+def _cells(row: dict[Any, Any]) -> tuple[str, str, str]:
+    interval = mean_with_interval(row["mean"], row["low"], row["high"])
+    diverged = "-" if np.isnan(row["diverged"]) else f"{row['diverged']:.0f} of {row['seeds']}"
+    return number(row["median"]), interval, diverged
+
+
+def _setting_names(table: pd.DataFrame) -> list[str]:
+    columns = list(table.columns)
+    return columns[1 : columns.index("seeds")]
+
+
+def _settings_text(row: dict[str, Any], table: pd.DataFrame) -> str:
+    return ", ".join(f"{name} {row[name]:g}" for name in _setting_names(table) if pd.notna(row[name]))

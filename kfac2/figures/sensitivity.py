@@ -1,0 +1,93 @@
+"""How much the final loss depends on the learning rate: loss against η, one line per optimizer."""
+
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kfac2.figures.curves import PlainLogFormatter, add_legend
+from kfac2.figures.figures import set_title
+from kfac2.figures.style import PANEL_SIZE, RC, Style, optimizer_styles
+
+SIDE_STEP = 1.04  # so that the bars of two optimizers at one learning rate do not hide each other
+AT_PAPER = r"(paper|lr=[^,]*)"  # variants that differ from the paper's settings in the learning rate at most
+
+
+def best_of_each_rate(table: pd.DataFrame) -> pd.DataFrame:
+    """Of ``grid_table``'s rows, for each (optimizer, lr), the one with the lowest median over the other settings."""
+    known = table.dropna(subset="median")
+    ordered = known.sort_values("median", kind="stable").drop_duplicates(["optimizer", "lr"])
+    return ordered.sort_values(["optimizer", "lr"], ignore_index=True)
+
+
+def at_paper_settings(table: pd.DataFrame) -> pd.DataFrame:
+    """Of ``grid_table``'s rows those whose settings other than the learning rate are the paper's."""
+    known = table.dropna(subset="median")
+    rows = known.loc[known["variant"].str.fullmatch(AT_PAPER)]
+    return rows.sort_values(["optimizer", "lr"], ignore_index=True)
+
+
+def sensitivity_figure(table: pd.DataFrame, title: str) -> Figure:
+    """Median final loss against the learning rate, two panels: the other settings the best of the grid at
+    each rate, and the paper's. Bars span the seeds; a median that is infinite sits at the upper edge.
+
+    Args:
+        table: as ``grid_table`` returns it, with a column ``lr``.
+
+    Raises:
+        ValueError: no row has a finite median.
+    """
+    if not np.isfinite(table["median"].astype(float)).any():
+        raise ValueError("no configuration has a finite median to draw")
+    panels = {
+        "other settings: best of the grid": best_of_each_rate(table),
+        "other settings: the paper's": at_paper_settings(table),
+    }
+    styles = optimizer_styles(table["optimizer"])
+    absent = sum(map(np.isnan, table["median"]))
+    untrained = f"{absent} of {len(table)} configurations not trained" if absent else ""
+    width, height = PANEL_SIZE
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=(2 * width, height), layout="constrained")
+        row = figure.subplots(1, 2, sharey=True)
+        for axes, (name, rows) in zip(row, panels.items(), strict=True):
+            _draw(axes, rows, styles)
+            set_title(axes, title, name, *sorted(set(rows["label"]) - {""}), untrained)
+        row[0].set_ylabel("final training loss")
+        row[1].tick_params(labelleft=True)
+    return figure
+
+
+def _draw(axes: Axes, rows: pd.DataFrame, styles: dict[str, Style]) -> None:
+    finite = rows[["lowest", "highest"]].to_numpy(dtype=float)
+    top = 1.5 * finite[np.isfinite(finite)].max(initial=1e-3)
+    for place, (name, style) in enumerate(styles.items()):
+        own = rows.loc[rows["optimizer"] == name]
+        if own.empty:
+            continue
+        x = own["lr"].to_numpy(dtype=float) * SIDE_STEP ** (place - (len(styles) - 1) / 2)
+        median, low, high = (
+            np.minimum(own[column].to_numpy(dtype=float), top) for column in ("median", "lowest", "highest")
+        )
+        diverged = int(own["diverged"].sum())
+        label = f"{style.label} ({diverged} seeds diverged)" if diverged else style.label
+        look: dict[str, Any] = {
+            "color": style.color,
+            "linestyle": style.linestyle,
+            "marker": "o",
+            "markersize": 3,
+        }
+        axes.errorbar(
+            x, median, [median - low, high - median], label=label, capsize=2, elinewidth=0.7, **look
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(PlainLogFormatter())
+    axes.yaxis.set_minor_formatter(PlainLogFormatter())
+    axes.set_xlabel("learning rate η")
+    seeds = " or ".join(str(count) for count in sorted(set(rows["seeds"])))
+    columns = 2 if set(rows["diverged"]) <= {0} else 1
+    add_legend(axes, f"median and range over {seeds} seeds", columns=columns)

@@ -1,0 +1,50 @@
+"""Draw a sweep from its table and records: each optimizer at its best beside the paper's settings, and
+the final loss against the learning rate. The table is that of experiments.select."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from kfac2.figures import NoRecordsError, Panel, RecordError, figure1, load_records, save_figure
+from kfac2.figures.grid import winners_frame
+from kfac2.figures.sensitivity import sensitivity_figure
+
+TITLES = {"deep_linear_mlp": "64-layer linear MLP"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--records", type=Path, default="runs", help="directory of the records and the table")
+    parser.add_argument("--output", type=Path, default="figures", help="directory of the figures")
+    parser.add_argument("--problem", default="deep_linear_mlp")
+    parser.add_argument("--sweep", default="paper_grid")
+    arguments = parser.parse_args(argv)
+    problem, sweep = str(arguments.problem), str(arguments.sweep)
+    table = read_table(arguments.records / problem / f"{sweep}.csv", problem, sweep)
+    title = TITLES.get(problem) or problem
+    try:
+        best = Panel(f"{title}, best of the grid", winners_frame(arguments.records, problem, table))
+    except RecordError as error:
+        raise SystemExit(f"error: {error}") from None
+    panels = [best]
+    try:
+        panels.insert(0, Panel(f"{title}, the paper's settings", load_records(arguments.records, problem)))
+    except NoRecordsError as error:
+        print(f"without the paper's settings: {error}")
+    paths = save_figure(figure1(panels), arguments.output, f"{sweep}_best")
+    paths += save_figure(sensitivity_figure(table, title), arguments.output, f"{sweep}_sensitivity")
+    print("wrote", ", ".join(map(str, paths)))
+
+
+def read_table(path: Path, problem: str, sweep: str) -> pd.DataFrame:
+    """The sweep's table, as it was written."""
+    if not path.exists():
+        command = f"python -m experiments.select sweep={sweep} problem={problem} runs={path.parent.parent}"
+        raise SystemExit(f"error: {path} does not exist; make it with: {command}")
+    return pd.read_csv(path, dtype={"label": str}).fillna({"label": ""})
+
+
+if __name__ == "__main__":
+    main()
