@@ -33,7 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         panels.insert(0, Panel(f"{title}, the paper's settings", load_records(arguments.records, problem)))
     except NoRecordsError as error:
         print(f"without the paper's settings: {error}")
-    paths = save_figure(figure1(panels), arguments.output, f"{sweep}_best")
+    figure = figure1(panels)
+    limits = [limit for axes in figure.axes for limit in axes.get_ylim()]
+    for axes in figure.axes:  # one problem: one scale
+        axes.set_ylim(min(limits), max(limits))
+    paths = save_figure(figure, arguments.output, f"{sweep}_best")
     paths += save_figure(sensitivity_figure(table, title), arguments.output, f"{sweep}_sensitivity")
     print("wrote", ", ".join(map(str, paths)))
 

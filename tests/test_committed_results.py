@@ -1,0 +1,43 @@
+"""What is committed follows from the committed records; the notebook is committed without outputs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from experiments import select
+from experiments.identity import run_path
+from experiments.train import CONFIGS
+from kfac2.figures.style import OPTIMIZERS
+
+ROOT = Path(__file__).resolve().parent.parent
+HOME = ROOT / "results" / "deep_linear_mlp"
+
+
+def test_the_grid_s_summary_and_recipes_come_from_the_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    recipes = tmp_path / "recipe"
+    select.main(["sweep=paper_grid", "runs=results", "--output", str(tmp_path), "--recipes", str(recipes)])
+    for name in ("paper_grid.csv", "paper_grid.md"):
+        assert (tmp_path / name).read_text() == (HOME / name).read_text()
+    for name in OPTIMIZERS:
+        path = Path("recipe") / "deep_linear_mlp" / f"{name}_best.yaml"
+        assert (tmp_path / path).read_text() == (Path(CONFIGS) / path).read_text()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_winners_recipes_lead_to_their_records(name: str) -> None:
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        config = compose(
+            "train", [f"optimizer={name}", f"recipe=deep_linear_mlp/{name}_best", "runs=results"]
+        )
+        assert (ROOT / run_path(config) / "provenance.json").exists()
+
+
+def test_the_notebook_has_no_outputs() -> None:
+    for cell in json.loads((ROOT / "notebooks" / "analysis.ipynb").read_text())["cells"]:
+        assert not cell.get("outputs")
+        assert cell.get("execution_count") is None
