@@ -87,6 +87,16 @@ class TwoLevelKFACConfig(KFACConfig):
 
 
 @dataclass
+class TwoLevelVariantConfig(KFACConfig):
+    """The study's: ``coarse`` names one of ``kfac2.study.variants.VARIANTS``."""
+
+    _target_: str = "kfac2.study.variants.two_level_variant"
+    name: str = "two_level_variant"
+    coarse: str = "full"
+    coarse_weight: float = 1.0
+
+
+@dataclass
 class TrainingConfig:
     epochs: int = MISSING
     batch_size: int = MISSING
@@ -119,7 +129,7 @@ def register() -> None:
     store.store(name="train_schema", node=TrainConfig)
     store.store(group="schema/problem", name="deep_linear_mlp", node=DeepLinearMLPConfig)
     store.store(group="schema/problem", name="cifar_resnet", node=CifarResNetConfig)
-    for config in (SGDConfig, AdamConfig, KFACConfig, TwoLevelKFACConfig):
+    for config in (SGDConfig, AdamConfig, KFACConfig, TwoLevelKFACConfig, TwoLevelVariantConfig):
         store.store(group="schema/optimizer", name=config.name, node=config)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ["curvature", "nn", "optim", "problems", "training", "figures"]
+PACKAGES = ["curvature", "nn", "optim", "problems", "training", "figures", "study"]
 ALLOWED = {
     "curvature": set(),
     "nn": set(),
@@ -14,6 +14,7 @@ ALLOWED = {
     "problems": {"nn"},
     "training": set(),
     "figures": set(),
+    "study": {"curvature", "nn", "optim"},
 }
 HOMES = {"hydra": {"experiments"}, "omegaconf": {"experiments"}, "wandb": {"kfac2/training/tracking.py"}}
 

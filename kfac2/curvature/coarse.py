@@ -1,6 +1,6 @@
 """The coarse space of two-level K-FAC: one degree of freedom per layer (eq. 5-7, Algorithm 1)."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations_with_replacement
 from math import prod, sqrt
 from typing import Any
@@ -30,7 +30,7 @@ class CoarseSpace:
 
     The optimizer calls ``accumulate`` after each back-propagation, ``fold`` and ``refresh`` when a
     refresh is due, and ``restrict``, ``solve``, ``prolong`` in every step. A study of another coarse space
-    overrides what it changes.
+    overrides what it changes (``kfac2.study``), and names in ``counters`` the integers it must remember.
 
     With the sums ``α_i = 1ᵀ a_i`` and ``γ_i = 1ᵀ g_i`` of each sample and position,
 
@@ -54,6 +54,8 @@ class CoarseSpace:
         weight: factor on the correction; 0 gives one-level K-FAC.
     """
 
+    counters: tuple[str, ...] = ("indefinite",)
+
     def __init__(
         self,
         fisher: str = "kronecker",
@@ -72,11 +74,14 @@ class CoarseSpace:
             raise ValueError(f"coarse_weight must be finite and not negative, got {weight}")
         self.fisher, self.grid, self.resample, self.weight = fisher, grid, resample, weight
         self._bound = False
+        self.sizes = torch.zeros(0)
+        """Number of parameters of each layer, ``(L,)``, float64."""
         self.indefinite = 0
         """How many refreshed matrices had a clearly negative eigenvalue."""
 
-    def bind(self, layers: int, replicas: int, device: torch.device) -> None:
-        """Allocate the state for ``layers`` layers in ``replicas`` replicas: a few ``L × L`` matrices.
+    def bind(self, shapes: Sequence[tuple[int, int]], replicas: int, device: torch.device) -> None:
+        """Allocate the state for layers of the gradient matrices' ``shapes`` ``(d_out, d_in)`` in ``replicas``
+        replicas: a few ``L × L`` matrices.
 
         The Grams and the inverse are float64: the coarse Fisher's eigenvalues span more than ten
         decades, and its float32 inverse breaks training.
@@ -84,14 +89,19 @@ class CoarseSpace:
         if self._bound:
             raise ValueError("this CoarseSpace belongs to another optimizer already: build one for each")
         self._bound = True
+        self.sizes = torch.tensor([prod(shape) for shape in shapes], dtype=torch.float64, device=device)
         grams = 2 if self.fisher == "kronecker" else 1
-        shape = (replicas, layers, layers)
+        shape = (replicas, len(shapes), len(shapes))
         self.grams = torch.zeros(grams, *shape, dtype=torch.float64, device=device)
         self.seen = torch.zeros(shape, dtype=torch.bool, device=device)
         self.inverse = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
         self.inverts_indefinite = torch.zeros(replicas, dtype=torch.bool, device=device)
         """Which replicas' inverse is of a matrix with a clearly negative eigenvalue."""
         self.discard_sample()
+
+    def basis(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """The pattern ``u vᵀ`` that stands in Z for a layer, ``u`` ``(d_out,)`` and ``v`` ``(d_in,)``; None: ones."""
+        return None
 
     def accumulate(self, maps: Maps) -> None:
         """Add a batch to the sample under way."""
@@ -195,7 +205,7 @@ class CoarseSpace:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in STATE} | {"indefinite": self.indefinite}
+        return {name: getattr(self, name) for name in (*STATE, *self.counters)}
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ``ValueError`` where the state belongs to another number of layers or another Fisher."""
@@ -212,7 +222,8 @@ class CoarseSpace:
         for name in STATE:
             old = getattr(self, name)
             setattr(self, name, state[name].to(old.device, old.dtype))
-        self.indefinite = state["indefinite"]
+        for name in self.counters:
+            setattr(self, name, state[name])
         self.discard_sample()
 
     def discard_sample(self) -> None:

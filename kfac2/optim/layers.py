@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from kfac2.curvature.patches import Window, patch_moment, patch_sums
 from kfac2.nn import ReplicatedLinear
 
+Basis = tuple[Tensor, Tensor]
+
 
 class Sample(NamedTuple):
     """Sums over samples of one layer's ``a aᵀ`` and ``g gᵀ``, and how many samples.
@@ -64,8 +66,11 @@ class Layer:
         """A batch's contribution to the Kronecker factors."""
         raise NotImplementedError
 
-    def maps(self, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """``1ᵀ a`` and ``1ᵀ g`` of each sample and position, ``(R, B, *positions)``."""
+    def maps(self, inputs: Tensor, gradients: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
+        """``1ᵀ a`` and ``1ᵀ g`` of each sample and position, ``(R, B, *positions)``.
+
+        With a ``basis`` ``(u, v)``, ``(d_out,)`` and ``(d_in,)``, they are ``vᵀ a`` and ``uᵀ g``.
+        """
         raise NotImplementedError
 
     def _refuse(self, inputs: Tensor, expected: str) -> ValueError:
@@ -94,8 +99,12 @@ class LinearLayer(Layer):
         positions = a.shape[-1] // max(samples, 1)
         return Sample(torch.bmm(a, a.mT) / positions, torch.bmm(g, g.mT), samples)
 
-    def maps(self, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
-        a, g = self._input_columns(inputs).sum(1), self.columns(gradients).sum(1)
+    def maps(self, inputs: Tensor, gradients: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
+        a, g = self._input_columns(inputs), self.columns(gradients)
+        if basis is not None:
+            u, v = basis
+            a, g = a * v[:, None].to(a), g * u[:, None].to(g)
+        a, g = a.sum(1), g.sum(1)
         samples, *positions = self.grid(inputs)
         if len(positions) > 3:  # more than interpolation knows
             positions = [a.shape[-1] // samples]
@@ -151,7 +160,9 @@ class Conv2dLayer(Layer):
         a = patch_moment(x, self.window, self.with_bias) / positions
         return Sample(a[None], patch_moment(g, Window(), False)[None], len(x))
 
-    def maps(self, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    def maps(self, inputs: Tensor, gradients: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
+        if basis is not None:
+            raise NotImplementedError(f"layer {self.name!r}: a convolution's coarse basis is the ones only")
         sums = patch_sums(self._checked(inputs), self.window) + self.with_bias
         return sums[None], gradients.to(self.dtype).sum(1)[None]
 

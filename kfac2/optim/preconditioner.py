@@ -35,7 +35,8 @@ class Preconditioner:
         self.replicas, self.replicated = layers[0].replicas, layers[0].replicated
         self.stacks = make_stacks(layers, param_groups, inverse)
         if coarse is not None:
-            coarse.bind(len(layers), self.replicas, layers[0].weight.device)
+            shapes = [layer.matrix_shape for layer in layers]
+            coarse.bind(shapes, self.replicas, layers[0].weight.device)
         self.iteration = 0
         self.ready = [False] * len(layers)
         self.diverged = torch.zeros(self.replicas, dtype=torch.bool)
@@ -68,7 +69,7 @@ class Preconditioner:
             )
         self._sample[index] = sample.plus(self._sample.get(index))
         if self.coarse is not None:
-            self._maps[index] = layer.maps(inputs, gradients)
+            self._maps[index] = layer.maps(inputs, gradients, self.coarse.basis(index))
 
     def end_batch(self) -> None:
         """All layers of a batch have been observed."""

@@ -1,5 +1,6 @@
 """CoarseSpace against Algorithm 1's dense matrices, in float64."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ SHAPES = [(2, 4), (2, 4), (5, 3)]  # (d_out, d_in): layers 0 and 1 share a block
 Samples = dict[int, tuple[Tensor, Tensor]]
 
 
-def space(layers: int = LAYERS, replicas: int = REPLICAS, **options: Any) -> CoarseSpace:
+def space(
+    shapes: Sequence[tuple[int, int]] = SHAPES, replicas: int = REPLICAS, **options: Any
+) -> CoarseSpace:
     coarse = CoarseSpace(**options)
-    coarse.bind(layers, replicas, torch.device("cpu"))
+    coarse.bind(shapes, replicas, torch.device("cpu"))
     return coarse
 
 
@@ -100,7 +103,7 @@ def test_solve_inverts_the_damped_matrix(fisher: str) -> None:
 
 def test_float64_where_float32_would_fail() -> None:
     """Eigenvalues over twelve decades, from float32 sums."""
-    coarse = space(layers=2, replicas=1, fisher="exact")
+    coarse = space(SHAPES[:2], replicas=1, fisher="exact")
     alpha = torch.tensor([[1e6, 1e6]]), torch.tensor([[1.0, -1.0]])
     ones = torch.ones(1, 2)
     coarse.accumulate({i: (alpha[i], ones) for i in range(2)})
@@ -123,7 +126,7 @@ def test_sums_of_float32_samples_are_float64(fisher: str) -> None:
 
 
 def test_a_clearly_negative_eigenvalue_gets_a_small_step_and_is_counted() -> None:
-    coarse = space(layers=2, replicas=2)
+    coarse = space(SHAPES[:2], replicas=2)
     coarse.seen[:] = True
     coarse.grams[0] = torch.tensor([[[0.0, 4.0], [4.0, 0.0]], [[2.0, 1.0], [1.0, 2.0]]])
     coarse.grams[1] = 1.0
@@ -236,7 +239,9 @@ def test_state_goes_through_and_is_not_changed_afterwards(fisher: str) -> None:
     assert all(torch.equal(torch.as_tensor(value), held[key]) for key, value in state.items())
 
 
-@pytest.mark.parametrize("other", [{"fisher": "exact"}, {"layers": LAYERS + 1}, {"replicas": REPLICAS + 1}])
+@pytest.mark.parametrize(
+    "other", [{"fisher": "exact"}, {"shapes": [*SHAPES, (1, 1)]}, {"replicas": REPLICAS + 1}]
+)
 def test_foreign_states_are_refused(other: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="shape"):
         space(**other).check_state_dict(folded("kronecker").state_dict())

@@ -153,7 +153,7 @@ class LiteralKFAC:
         grads = torch.autograd.grad(loss, parameters, allow_unused=True)
         gradients = {n: g for n, g in zip(names, grads, strict=True) if g is not None}
         nabla = parameter_vector(list(self.preconditioned), gradients)
-        natural = split_parameter_vector(self.preconditioner @ nabla, self.preconditioned)
+        natural = split_parameter_vector(self.precondition(nabla), self.preconditioned)
         nu = self.clip(natural, gradients)
         for name, parameter in zip(names, parameters, strict=True):
             if name not in gradients:
@@ -164,6 +164,10 @@ class LiteralKFAC:
                 direction = self.momentum * self.momenta[name] + direction
             self.momenta[name] = direction
             parameter.data = parameter.data - of(self.lr, name) * direction
+
+    def precondition(self, nabla: Tensor) -> Tensor:
+        """Eq. 4, on the gradient of all preconditioned layers ``(n,)``."""
+        return self.preconditioner @ nabla
 
     def clip(self, natural: PerLayer, gradients: PerLayer) -> float:
         """``ν`` of eq. 10; a layer's weight and bias count each with its own learning rate."""

@@ -1,0 +1,1 @@
+"""Does curvature between layers help? Variants of the coarse space, and the exact Fisher to measure them by."""

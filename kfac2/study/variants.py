@@ -1,0 +1,180 @@
+"""Coarse spaces that take the two-level correction apart: each changes one thing of ``CoarseSpace``."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac2.curvature import CoarseSpace
+from kfac2.curvature.coarse import Blocks
+from kfac2.optim.kfac import TwoLevelKFAC
+
+
+class Diagonal(CoarseSpace):
+    """Only the diagonal of F̃_coarse: a correction within layers, none between them."""
+
+    def matrix(self) -> Tensor:
+        return super().matrix().diagonal(dim1=-2, dim2=-1).diag_embed()
+
+
+class NormMatched(CoarseSpace):
+    """Another direction in the coarse space, as long as the full correction at every step.
+
+    Lengths are those of the corrections in parameter space: ``‖Zᵀβ‖² = Σ_i n_i β_i²``, ``n_i`` a layer's number
+    of parameters.
+    """
+
+    def solve(self, coarse_gradient: Tensor) -> Tensor:
+        full, other = super().solve(coarse_gradient), self.direction(coarse_gradient)
+        norm, other_norm = self._norm(full), self._norm(other)
+        return other * torch.where(other_norm > 0, norm / other_norm, 0.0)
+
+    def direction(self, coarse_gradient: Tensor) -> Tensor:
+        """What takes the place of ``(F̃_coarse + λI)^{-1} Z ∇``, ``(R, L)``, of any length."""
+        raise NotImplementedError
+
+    def _norm(self, coefficients: Tensor) -> Tensor:
+        return (self.sizes * coefficients.square()).sum(-1, keepdim=True).sqrt()
+
+
+class Identity(NormMatched):
+    """A multiple of ``Zᵀ Z ∇``: the matrix plays no part but in the length."""
+
+    def direction(self, coarse_gradient: Tensor) -> Tensor:
+        return coarse_gradient
+
+
+class Permuted(NormMatched):
+    """The inverse of the coarse matrix with its layers permuted, another permutation at each refresh.
+
+    Its spectrum is the full one's; which layers it couples is not.
+    """
+
+    counters = (*CoarseSpace.counters, "refreshes")
+    refreshes = 0
+
+    def refresh(self, damping: float) -> Tensor:
+        self.refreshes += 1
+        return super().refresh(damping)
+
+    def direction(self, coarse_gradient: Tensor) -> Tensor:
+        order = self.permutation()
+        return (self.inverse[:, order[:, None], order] @ coarse_gradient[..., None]).squeeze(-1)
+
+    def permutation(self) -> Tensor:
+        generator = torch.Generator().manual_seed(self.refreshes)
+        return torch.randperm(len(self.sizes), generator=generator).to(self.inverse.device)
+
+
+class RandomBasis(CoarseSpace):
+    """One fixed random rank-one pattern per layer, ``u_i v_iᵀ``, in place of the ones.
+
+    ``[Z ∇]_i = u_iᵀ ∇_i v_i``; the cheap form holds with ``α = vᵀ a`` and ``γ = uᵀ g``. Drawn layer by layer
+    from one seed, and scaled to the length of the ones: ``‖u_i v_iᵀ‖² = n_i``.
+    """
+
+    def __init__(self, draw: Callable[[int, torch.Generator], Tensor], weight: float = 1.0):
+        super().__init__(weight=weight)
+        self._draw = draw
+
+    def bind(self, shapes: Sequence[tuple[int, int]], replicas: int, device: torch.device) -> None:
+        super().bind(shapes, replicas, device)
+        generator = torch.Generator().manual_seed(0)
+        self.patterns = [tuple(self._unit(size, generator).to(device) for size in shape) for shape in shapes]
+
+    def _unit(self, size: int, generator: torch.Generator) -> Tensor:
+        """A pattern of mean square 1."""
+        drawn = self._draw(size, generator)
+        return drawn / drawn.square().mean().sqrt()
+
+    def basis(self, layer: int) -> tuple[Tensor, Tensor]:
+        u, v = self.patterns[layer]
+        return u, v
+
+    def restrict(self, blocks: Blocks) -> Tensor:
+        return super().restrict(
+            [(index, gradients * self._stacked(index, gradients)) for index, gradients in blocks]
+        )
+
+    def prolong(self, coefficients: Tensor, blocks: Blocks) -> list[Tensor]:
+        scalars = super().prolong(coefficients, blocks)
+        return [
+            scalar * self._stacked(index, gradients)
+            for scalar, (index, gradients) in zip(scalars, blocks, strict=True)
+        ]
+
+    def _stacked(self, index: Tensor, gradients: Tensor) -> Tensor:
+        """The patterns of some layers of one shape, ``(n, 1, d_out, d_in)``."""
+        outer = [torch.outer(*self.patterns[i]) for i in index.tolist()]
+        return torch.stack(outer)[:, None].to(gradients.dtype)
+
+
+class ConsistentlyDamped(CoarseSpace):
+    """``Z (F̃ + λI) Zᵀ = F̃_coarse + λ diag(n_i)`` in place of ``F̃_coarse + λI``.
+
+    The same as rows of Z of length one, which is how it is computed.
+    """
+
+    def matrix(self) -> Tensor:
+        scale = self.sizes.rsqrt()
+        return scale[:, None] * super().matrix() * scale
+
+    def restrict(self, blocks: Blocks) -> Tensor:
+        return super().restrict(blocks) * self.sizes.rsqrt()
+
+    def prolong(self, coefficients: Tensor, blocks: Blocks) -> list[Tensor]:
+        return super().prolong(coefficients * self.sizes.rsqrt(), blocks)
+
+
+class Scheduled(CoarseSpace):
+    """The full correction in the steps ``first`` to ``last`` (from 1; None: to the end), none in the others."""
+
+    counters = (*CoarseSpace.counters, "steps")
+    steps = 0
+
+    def __init__(self, first: int, last: int | None = None, weight: float = 1.0):
+        super().__init__(weight=weight)
+        self.first, self.last = first, last
+
+    def solve(self, coarse_gradient: Tensor) -> Tensor:
+        self.steps += 1
+        on = self.first <= self.steps and (self.last is None or self.steps <= self.last)
+        return super().solve(coarse_gradient) if on else torch.zeros_like(coarse_gradient)
+
+
+STEPS_PER_EPOCH = 49  # of the deep linear MLP: 25,000 samples in batches of 512
+VARIANTS: dict[str, Callable[[float], CoarseSpace]] = {
+    "full": lambda weight: CoarseSpace(weight=weight),
+    "exact": lambda weight: CoarseSpace("exact", weight=weight),
+    "diagonal": lambda weight: Diagonal(weight=weight),
+    "identity": lambda weight: Identity(weight=weight),
+    "permuted": lambda weight: Permuted(weight=weight),
+    "signs": lambda weight: RandomBasis(random_signs, weight),
+    "gaussian": lambda weight: RandomBasis(gaussian, weight),
+    "consistent": lambda weight: ConsistentlyDamped(weight=weight),
+    "first_step": lambda weight: Scheduled(1, 1, weight),
+    "first_epoch": lambda weight: Scheduled(1, STEPS_PER_EPOCH, weight),
+    "after_epoch_5": lambda weight: Scheduled(5 * STEPS_PER_EPOCH + 1, None, weight),
+}
+
+
+def random_signs(size: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(2, (size,), generator=generator).double() * 2 - 1
+
+
+def gaussian(size: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(size, generator=generator, dtype=torch.float64)
+
+
+def two_level_variant(
+    model: nn.Module, lr: float = 1e-3, *, coarse: str = "full", coarse_weight: float = 1.0, **options: Any
+) -> TwoLevelKFAC:
+    """``TwoLevelKFAC`` with one of ``VARIANTS`` as its coarse space.
+
+    Raises:
+        ValueError: an unknown variant.
+    """
+    if coarse not in VARIANTS:
+        raise ValueError(f"unknown optimizer.coarse {coarse!r}: choose from {', '.join(VARIANTS)}")
+    return TwoLevelKFAC(model, lr, coarse=VARIANTS[coarse](coarse_weight), **options)

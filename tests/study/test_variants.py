@@ -1,0 +1,237 @@
+"""Every variant of the coarse space against its dense definition, over trajectories in float64."""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from kfac2 import TwoLevelKFAC
+from kfac2.study import variants
+from kfac2.study.variants import VARIANTS, Permuted, RandomBasis, Scheduled, two_level_variant
+from tests.optim.test_trajectories import compare, options_for
+from tests.reference.coarse import LiteralTwoLevelKFAC, matrix_absolute
+from tests.reference.fisher import restriction, vec
+from tests.reference.kfac import LiteralKFAC
+from tests.reference.precision import float64
+from tests.reference.problems import BERNOULLI, Replicated, real_step
+
+STEPS = 10
+
+
+@pytest.fixture(autouse=True)
+def in_float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(variants, "STEPS_PER_EPOCH", 1)
+    with float64():
+        yield
+
+
+class Literal(LiteralTwoLevelKFAC):
+    """The full correction; ``coarse`` is the real optimizer's coarse space, for what is random in it."""
+
+    coarse: Any = None
+
+    def one_level(self) -> Tensor:
+        return LiteralKFAC.form_preconditioner(self)
+
+    def damped_inverse(self) -> Tensor:
+        matrix = matrix_absolute(self.coarse_matrix())
+        return torch.linalg.inv(matrix + self.damping * torch.eye(len(matrix)))
+
+
+class LiteralDiagonal(Literal):
+    def coarse_matrix(self) -> Tensor:
+        return super().coarse_matrix().diagonal().diag()
+
+
+class LiteralConsistent(Literal):
+    """``Zᵀ (F̃_coarse + λ Z Zᵀ)^{-1} Z``."""
+
+    def form_preconditioner(self) -> Tensor:
+        Z = restriction(self.sizes)
+        return self.one_level() + Z.T @ torch.linalg.inv(self.coarse_matrix() + self.damping * Z @ Z.T) @ Z
+
+
+class LiteralMatched(Literal):
+    """A direction ``Zᵀ M Z ∇`` as long as the full correction."""
+
+    def middle(self) -> Tensor:
+        raise NotImplementedError
+
+    def form_preconditioner(self) -> Tensor:
+        self.blocks, self.inverse_of_coarse, self.M = self.one_level(), self.damped_inverse(), self.middle()
+        return self.blocks
+
+    def precondition(self, nabla: Tensor) -> Tensor:
+        Z = restriction(self.sizes)
+        full, other = Z.T @ self.inverse_of_coarse @ Z @ nabla, Z.T @ self.M @ Z @ nabla
+        return self.blocks @ nabla + other * full.norm() / other.norm()
+
+
+class LiteralIdentity(LiteralMatched):
+    def middle(self) -> Tensor:
+        return torch.eye(len(self.sizes))
+
+
+class LiteralPermuted(LiteralMatched):
+    refreshes = 0
+
+    def middle(self) -> Tensor:
+        self.refreshes += 1
+        order = torch.randperm(len(self.sizes), generator=torch.Generator().manual_seed(self.refreshes))
+        P = torch.eye(len(self.sizes))[order]
+        return P @ self.damped_inverse() @ P.T
+
+
+class LiteralBasis(Literal):
+    """Any ``Z`` with one row per layer, in dense Kronecker products."""
+
+    def rows(self) -> dict[str, Tensor]:
+        return {
+            name: vec(torch.outer(*pattern))
+            for name, pattern in zip(self.preconditioned, self.coarse.patterns, strict=True)
+        }
+
+    def coarse_entry(self, i: str, j: str) -> Tensor:
+        block = torch.kron(self.averages["A", i, j], self.averages["G", i, j])
+        return self.rows()[i] @ block @ self.rows()[j]
+
+    def form_preconditioner(self) -> Tensor:
+        Z = torch.block_diag(*[row[None] for row in self.rows().values()])
+        return self.one_level() + Z.T @ self.damped_inverse() @ Z
+
+
+class LiteralScheduled(Literal):
+    def form_preconditioner(self) -> Tensor:
+        self.blocks = self.one_level()
+        return super().form_preconditioner()
+
+    def precondition(self, nabla: Tensor) -> Tensor:
+        first, last = self.coarse.first, self.coarse.last or STEPS
+        return (self.preconditioner if first <= self.t <= last else self.blocks) @ nabla
+
+
+TWINS: dict[str, tuple[type[Literal], dict[str, Any]]] = {
+    "full": (Literal, {}),
+    "exact": (Literal, {"coarse_fisher": "exact"}),
+    "diagonal": (LiteralDiagonal, {}),
+    "identity": (LiteralIdentity, {}),
+    "permuted": (LiteralPermuted, {}),
+    "signs": (LiteralBasis, {}),
+    "gaussian": (LiteralBasis, {}),
+    "consistent": (LiteralConsistent, {}),
+    "first_step": (LiteralScheduled, {}),
+    "first_epoch": (LiteralScheduled, {}),
+    "after_epoch_5": (LiteralScheduled, {}),
+}
+
+
+def test_every_variant_has_its_twin() -> None:
+    assert set(TWINS) == set(VARIANTS)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", TWINS)
+def test_a_variant_is_its_dense_definition(name: str, bias: bool) -> None:
+    torch.manual_seed(3)
+    model, batches = BERNOULLI.network(bias), [[batch] for batch in BERNOULLI.batches(STEPS)]
+    reference = deepcopy(model)
+    twin_of, settings = TWINS[name]
+    options = options_for(BERNOULLI, damping=0.1, kl_clip=1e-3)
+    twin = twin_of(deepcopy(model), **settings, **options)
+    optimizer = two_level_variant(model, coarse=name, **options)
+    twin.coarse = optimizer.coarse
+    compare(optimizer, model, [twin], batches)
+
+    full = TwoLevelKFAC(reference, **options)
+    for step in batches:
+        real_step(full, reference, step)
+    same = all(
+        torch.allclose(a, b, rtol=1e-6)
+        for a, b in zip(reference.parameters(), model.parameters(), strict=True)
+    )
+    assert same == (name == "full")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_replica_evolves_as_it_would_alone(name: str) -> None:
+    torch.manual_seed(4)
+    networks = [BERNOULLI.network(bias=False) for _ in range(2)]
+    model = Replicated(networks)
+    options = options_for(BERNOULLI, damping=0.1, kl_clip=1e-3)
+    together = two_level_variant(model, coarse=name, **options)
+    alone = [two_level_variant(network, coarse=name, **options) for network in networks]
+    for batches in zip(BERNOULLI.batches(6), BERNOULLI.batches(6), strict=True):
+        real_step(together, model, batches)
+        for optimizer, network, batch in zip(alone, networks, batches, strict=True):
+            real_step(optimizer, network, [batch])
+    for key, value in model.named_parameters():
+        expected = torch.stack([network.get_parameter(key) for network in networks])
+        assert_close(value, expected.reshape(value.shape), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["permuted", "first_epoch", "signs"])
+def test_a_resumed_variant_goes_on_bit_identically(name: str) -> None:
+    torch.manual_seed(5)
+    model, batches = BERNOULLI.network(bias=True), BERNOULLI.batches(8)
+    options = options_for(BERNOULLI)
+    optimizer = two_level_variant(model, coarse=name, **options)
+    for batch in batches[:5]:
+        real_step(optimizer, model, [batch])
+    resumed_model = deepcopy(model)
+    resumed = two_level_variant(resumed_model, coarse=name, **options)
+    resumed.load_state_dict(deepcopy(optimizer.state_dict()))
+    for batch in batches[5:]:
+        real_step(optimizer, model, [batch])
+        real_step(resumed, resumed_model, [batch])
+    for one, other in zip(model.parameters(), resumed_model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_schedules() -> None:
+    spaces = {name: VARIANTS[name](1.0) for name in ("first_step", "first_epoch", "after_epoch_5")}
+    limits = {name: (s.first, s.last) for name, s in spaces.items() if isinstance(s, Scheduled)}
+    assert limits == {"first_step": (1, 1), "first_epoch": (1, 1), "after_epoch_5": (6, None)}
+
+
+def test_random_bases_are_fixed_and_as_long_as_the_ones() -> None:
+    for name in ("signs", "gaussian"):
+        first, second = (VARIANTS[name](1.0) for _ in range(2))
+        assert isinstance(first, RandomBasis)
+        assert isinstance(second, RandomBasis)
+        for space in (first, second):
+            space.bind([(5, 4), (5, 4), (3, 7)], 1, torch.device("cpu"))
+        for i, size in enumerate((20, 20, 21)):
+            assert torch.outer(*first.patterns[i]).square().sum() == pytest.approx(size)
+            for one, other in zip(first.patterns[i], second.patterns[i], strict=True):
+                assert torch.equal(one, other)
+        assert not torch.equal(first.patterns[0][0], first.patterns[1][0])
+
+
+def test_permutations_differ_between_refreshes() -> None:
+    space = VARIANTS["permuted"](1.0)
+    assert isinstance(space, Permuted)
+    space.bind([(1, 1)] * 20, 1, torch.device("cpu"))
+    orders = []
+    for _ in range(2):
+        space.refresh(0.1)
+        orders.append(space.permutation())
+        assert orders[-1].sort().values.tolist() == list(range(20))
+    assert not torch.equal(*orders)
+
+
+def test_an_unknown_variant_lists_the_known_ones() -> None:
+    with pytest.raises(
+        ValueError, match=r"unknown optimizer\.coarse 'half': choose from full, exact, diagonal"
+    ):
+        two_level_variant(BERNOULLI.network(bias=False), coarse="half")
+
+
+def test_convolutions_have_no_other_basis_than_the_ones() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2, 2))
+    optimizer = two_level_variant(model, coarse="signs")
+    with pytest.raises(NotImplementedError, match="a convolution's coarse basis is the ones only"):
+        optimizer.update_curvature(model(torch.randn(3, 1, 3, 3)))
