@@ -10,22 +10,25 @@ Takes the arguments of experiments.train (problem, sweep, optimizer, runs, any s
 import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import pandas as pd
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.identity import run_path
+from experiments.identity import identity, run_path
 from experiments.overrides import GROUPS, check_overrides
 from experiments.train import CONFIGS, run_directories
 from kfac2.figures import RecordError
 from kfac2.figures.grid import Point, Winner, grid_markdown, grid_table, is_decided, winners, winners_frame
 from kfac2.figures.style import OPTIMIZERS
+from kfac2.training.records import OtherRecordError
 
-OWN = ("sweep", "problem", "optimizer", "runs")  # with no others, the sweep is whole
+OWN = ("sweep", "problem", "optimizer", "runs", "device", "threads")  # with no others, the sweep is whole
 
 
 class Grid(NamedTuple):
@@ -38,40 +41,38 @@ class Grid(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments, overrides = _parse(argv)
-    check_overrides(["-m", *(o for o in overrides if not o.startswith("optimizer="))], CONFIGS)
-    with initialize_config_dir(CONFIGS, version_base="1.3"):
-        grid = expand(overrides)
-        config = grid.configs[0]
-        if arguments.list:
-            print(listing(grid))
-            return
-        problem, runs = config.problem.name, Path(config.runs)
-        name = config.sweep.name if config.sweep else "sweep"
-        try:
-            table = grid_table(runs, problem, grid.points)
-            best = winners_frame(runs, problem, table) if winners(table) else None
-        except RecordError as error:
-            raise SystemExit(f"error: {error}") from None
-        text = grid_markdown(f"{name}: {problem}", table, best)
-        print(text)
-        for path in write_tables(arguments.output or runs / problem, name, table, text):
-            print(f"wrote {path}")
-        write_recipes(arguments.recipes, grid, table, overrides)
+    try:
+        for name in _optimizers(overrides):
+            check_overrides(["-m", f"optimizer={name}", *_without_optimizer(overrides)], CONFIGS)
+        with initialize_config_dir(CONFIGS, version_base="1.3"):
+            grid = expand(overrides)
+            if arguments.list:
+                print(listing(grid))
+            else:
+                summarize(grid, overrides, arguments)
+    except (HydraException, RecordError, OtherRecordError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def summarize(grid: Grid, overrides: Sequence[str], arguments: argparse.Namespace) -> None:
+    """Print and write the table, and write the winners' recipes."""
+    config = grid.configs[0]
+    problem, runs = config.problem.name, Path(config.runs)
+    name = config.sweep.name if config.sweep else "sweep"
+    table = grid_table(runs, problem, grid.points)
+    best = winners_frame(runs, problem, table) if winners(table) else None
+    text = grid_markdown(f"{name}: {problem}", table, best)
+    print(text)
+    for path in write_tables(arguments.output or runs / problem, name, table, text):
+        print(f"wrote {path}")
+    write_recipes(arguments.recipes, grid, table, overrides)
 
 
 def expand(overrides: Sequence[str]) -> Grid:
     """All configurations of the sweep, in the order in which it trains them, without training any."""
-    parsed = {o.key_or_group: o for o in _parsed(overrides)}
-    chosen = parsed.pop("optimizer", None)
-    names = (
-        [str(v) for v in chosen.sweep_string_iterator()] if chosen and chosen.is_sweep_override() else None
-    )
-    if names is None:
-        names = [chosen.get_value_element_as_str()] if chosen else list(OPTIMIZERS)
-    others = [o for o in overrides if not o.startswith("optimizer=")]
     points, configs, keys = [], [], []
-    for name in names:
-        for choice, swept in _configurations([f"optimizer={name}", *others]):
+    for name in _optimizers(overrides):
+        for choice, swept in _configurations([f"optimizer={name}", *_without_optimizer(overrides)]):
             config = compose("train", overrides=choice)
             points.append(_point(config, swept))
             configs.append(config)
@@ -93,7 +94,7 @@ def listing(grid: Grid) -> str:
     )
 
 
-def write_tables(directory: Path, name: str, table: Any, text: str) -> list[Path]:
+def write_tables(directory: Path, name: str, table: pd.DataFrame, text: str) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     csv, markdown = directory / f"{name}.csv", directory / f"{name}.md"
     table.to_csv(csv, index=False, float_format="%.6g")
@@ -101,42 +102,65 @@ def write_tables(directory: Path, name: str, table: Any, text: str) -> list[Path
     return [csv, markdown]
 
 
-def write_recipes(directory: Path, grid: Grid, table: Any, overrides: Sequence[str]) -> None:
+def write_recipes(directory: Path, grid: Grid, table: pd.DataFrame, overrides: Sequence[str]) -> None:
     """``<directory>/<problem>/<optimizer>_best.yaml`` for each optimizer whose grid is decided."""
-    config = grid.configs[0]
+    sweep, problem = grid.configs[0].sweep, grid.configs[0].problem.name
     foreign = sorted({o.key_or_group for o in _parsed(overrides)} - set(OWN))
-    if not config.sweep or foreign:
+    if not sweep or foreign:
         print(f"no recipes written: they are a named sweep's, with no other settings ({', '.join(foreign)})")
         return
     for name, winner in winners(table).items():
-        path = directory / config.problem.name / f"{name}_best.yaml"
+        path = directory / problem / f"{name}_best.yaml"
         if is_decided(table, name):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(recipe(config, name, winner, grid.keys), encoding="utf-8")
+            path.write_text(recipe(grid, name, winner), encoding="utf-8")
             print(f"wrote {path}")
         else:
             print(f"{path}: not written, the grid of {name} is not finished")
 
 
-def recipe(config: DictConfig, optimizer: str, winner: Winner, keys: Sequence[str]) -> str:
+def recipe(grid: Grid, optimizer: str, winner: Winner) -> str:
     """The winner's settings on top of the paper's, as a file of the group ``recipe``."""
+    own = [
+        (point, config)
+        for point, config in zip(grid.points, grid.configs, strict=True)
+        if point.optimizer == optimizer
+    ]
+    (config,) = (config for point, config in own if point.variant == winner.variant)
     settings = OmegaConf.create()
-    for key in keys:
-        value = winner.row[_short(key)]
-        if value == value:  # an optimizer without that setting has NaN
-            OmegaConf.update(settings, key, float(value))
+    for key in grid.keys:
+        if _short(key) in own[0][0].settings:
+            OmegaConf.update(settings, key, OmegaConf.select(config, key))
     row = winner.row
     return (
         "# @package _global_\n"
-        f"# The winner of sweep={config.sweep.name}, written by experiments.select: median final training loss\n"
-        f"# {row['median']:.4g} over {row['seeds']} seeds, {row['diverged']:.0f} diverged.\n"
+        f"# The winner of the {len(own)} configurations of sweep={config.sweep.name}, written by experiments.select:\n"
+        f"# median final training loss {row['median']:.4g} over {row['seeds']} seeds, {row['diverged']:.0f} diverged.\n"
         f"defaults: [/recipe/{config.problem.name}/{optimizer}]\n" + OmegaConf.to_yaml(settings)
     )
 
 
+def _optimizers(overrides: Sequence[str]) -> list[str]:
+    """Those asked for, all of the paper's by default."""
+    chosen = {o.key_or_group: o for o in _parsed(overrides) if o.key_or_group in GROUPS}
+    optimizer = chosen.pop("optimizer", None)
+    for name, other in chosen.items():
+        if other.is_sweep_override():
+            raise SystemExit(f"error: one {name} at a time, got {other.input_line}")
+    if optimizer is None:
+        return list(OPTIMIZERS)
+    if optimizer.is_sweep_override():
+        return [str(value) for value in optimizer.sweep_string_iterator()]
+    return [optimizer.get_value_element_as_str()]
+
+
+def _without_optimizer(overrides: Sequence[str]) -> list[str]:
+    return [override for override in overrides if not override.startswith("optimizer=")]
+
+
 def _configurations(overrides: list[str]) -> Iterator[tuple[list[str], list[str]]]:
     """As Hydra's sweeper forms them: the overrides of each configuration, and the swept settings."""
-    base = [o for o in _parsed(overrides) if not o.is_sweep_override() or o.key_or_group in GROUPS]
+    base = [o for o in _parsed(overrides) if not o.is_sweep_override()]
     whole = compose("train", overrides=[str(o.input_line) for o in base], return_hydra_config=True)
     params = [f"{key}={value}" for key, value in (whole.hydra.sweeper.params or {}).items()]
     parsed = _parsed([*params, *overrides])
@@ -147,7 +171,9 @@ def _configurations(overrides: list[str]) -> Iterator[tuple[list[str], list[str]
 
 def _point(config: DictConfig, swept: Sequence[str]) -> Point:
     settings = {_short(key): OmegaConf.select(config, key) for key in swept}
-    return Point(config.optimizer.name, run_path(config).name, list(config.seeds), settings)
+    own = {part: dict(identity(config)[part]) for part in ("problem", "optimizer", "training")}
+    del own["training"]["autocast"]  # it depends on the machine
+    return Point(config.optimizer.name, run_path(config).name, list(config.seeds), settings, own)
 
 
 def _short(key: str) -> str:
@@ -165,7 +191,12 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--list", action="store_true", help="list the runs instead, with their number")
     parser.add_argument("--output", type=Path, help="directory of the tables (default: <runs>/<problem>)")
     parser.add_argument("--recipes", type=Path, default=Path(CONFIGS) / "recipe", help="of the winners")
-    return parser.parse_known_args(argv)
+    parser.add_argument("-m", "--multirun", action="store_true", help="accepted as experiments.train's")
+    arguments, overrides = parser.parse_known_args(argv)
+    for override in overrides:
+        if override.startswith("-"):
+            parser.error(f"unknown option {override}")
+    return arguments, overrides
 
 
 if __name__ == "__main__":

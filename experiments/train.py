@@ -5,7 +5,8 @@ python -m experiments.train -m optimizer=sgd,adam optimizer.lr=1e-2,1e-3
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from experiments.identity import identity, run_path
 from experiments.overrides import check_overrides
 from experiments.schema import register
 from kfac2.problems import DataError
-from kfac2.training.records import RecordInUseError, RunDirectory, clear_failure, write_failure
+from kfac2.training.records import RunDirectory
 from kfac2.training.trainer import Training, TrainingSettings, prefer_deterministic_kernels
 
 CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
@@ -32,30 +33,22 @@ register()
 @hydra.main(config_path=CONFIGS, config_name="train", version_base="1.3")
 def main(config: DictConfig) -> None:
     own = HydraConfig.get()
-    if own.mode is RunMode.MULTIRUN:
-        train_in_sweep(config, position=own.job.num)
+    if (
+        own.mode is RunMode.MULTIRUN
+    ):  # the launchers let the others go on, and raise the first failure at the end
+        train(config, position=own.job.num, attempt=RunDirectory.failure_recorded)
     else:
         train(config)
 
 
-def train_in_sweep(config: DictConfig, position: int = 0) -> None:
-    """``train``; a failure is recorded where the record would be, for the sweep's summary.
+def train(
+    config: DictConfig,
+    position: int = 0,
+    attempt: Callable[[RunDirectory], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """Train what is missing, one record after another, each in the context ``attempt`` of its directory.
 
-    The launchers let the other configurations go on, and raise the first failure at the end.
-    """
-    try:
-        train(config, position)
-    except RecordInUseError:
-        raise  # another process is doing it
-    except Exception as error:
-        write_failure(run_path(config), identity(config), error)
-        print(f"{run_path(config)}: failed: {error}", file=sys.stderr)
-        raise
-    clear_failure(run_path(config))
-
-
-def train(config: DictConfig, position: int = 0) -> None:
-    """Train what is missing, one record after another; ``position`` is the progress bar's.
+    ``position`` is the progress bar's.
 
     Raises:
         SystemExit: the problem's data cannot be had.
@@ -69,15 +62,20 @@ def train(config: DictConfig, position: int = 0) -> None:
             label = f" ({directory.label})" if directory.label else ""
             print(f"{directory.path}{label}: complete, not trained again (rerun=true does)")
             continue
-        try:
-            training = build_training(config, directory.config["seeds"])
-        except InstantiationException as error:
-            if isinstance(error.__cause__, DataError):
-                raise SystemExit(str(error.__cause__)) from None
-            raise
-        tracker = instantiate(config.tracking)
-        training.run(directory, tracker, str(directory.path), position, rerun=config.rerun)
+        with attempt(directory):
+            train_record(config, directory, position)
         print(f"{directory.path}: complete")
+
+
+def train_record(config: DictConfig, directory: RunDirectory, position: int) -> None:
+    try:
+        training = build_training(config, directory.config["seeds"])
+    except InstantiationException as error:
+        if isinstance(error.__cause__, DataError):
+            raise SystemExit(str(error.__cause__)) from None
+        raise
+    tracker = instantiate(config.tracking)
+    training.run(directory, tracker, str(directory.path), position, rerun=config.rerun)
 
 
 def run_directories(config: DictConfig) -> list[RunDirectory]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from kfac2.figures import NoRecordsError, Panel, RecordError, figure1, load_records, save_figure
-from kfac2.figures.grid import winners_frame
+from kfac2.figures.grid import read_grid_table, winners_frame
 from kfac2.figures.sensitivity import sensitivity_figure
 
 TITLES = {"deep_linear_mlp": "64-layer linear MLP"}
@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         panels.insert(0, Panel(f"{title}, the paper's settings", load_records(arguments.records, problem)))
     except NoRecordsError as error:
         print(f"without the paper's settings: {error}")
+    except RecordError as error:
+        raise SystemExit(f"error: {error}") from None
     figure = figure1(panels)
     limits = [limit for axes in figure.axes for limit in axes.get_ylim()]
     for axes in figure.axes:  # one problem: one scale
@@ -43,11 +45,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read_table(path: Path, problem: str, sweep: str) -> pd.DataFrame:
-    """The sweep's table, as it was written."""
     if not path.exists():
         command = f"python -m experiments.select sweep={sweep} problem={problem} runs={path.parent.parent}"
         raise SystemExit(f"error: {path} does not exist; make it with: {command}")
-    return pd.read_csv(path, dtype={"label": str}).fillna({"label": ""})
+    table = read_grid_table(path)
+    if "lr" not in table:
+        raise SystemExit(f"error: {path} has no column lr: only sweeps of the learning rate are drawn")
+    return table
 
 
 if __name__ == "__main__":

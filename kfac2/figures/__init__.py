@@ -3,7 +3,15 @@
 from kfac2.figures.curves import accuracy_against_epochs, loss_against_epochs, loss_against_seconds
 from kfac2.figures.figures import Panel, accuracy_figure, figure1, figure1_seconds, save_figure
 from kfac2.figures.finals import final_markdown, final_table, order_table
-from kfac2.figures.grid import Point, Winner, grid_markdown, grid_table, winners, winners_frame
+from kfac2.figures.grid import (
+    Point,
+    Winner,
+    grid_markdown,
+    grid_table,
+    read_grid_table,
+    winners,
+    winners_frame,
+)
 from kfac2.figures.long_table import by_optimizer, load_records
 from kfac2.figures.records import NoRecordsError, Record, RecordError, load_record
 from kfac2.figures.sensitivity import sensitivity_figure
@@ -40,6 +48,7 @@ __all__ = [
     "loss_against_seconds",
     "order_table",
     "paired_difference",
+    "read_grid_table",
     "save_figure",
     "seed_interval",
     "seed_median",

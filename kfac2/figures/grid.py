@@ -12,7 +12,7 @@ import pandas as pd
 
 from kfac2.figures.long_table import load_records
 from kfac2.figures.markdown import markdown_table, mean_with_interval, number
-from kfac2.figures.records import NoRecordsError
+from kfac2.figures.records import NoRecordsError, RecordError, read_provenance
 from kfac2.figures.statistics import FINAL_EPOCHS, final_losses, paired_difference, seed_interval
 from kfac2.figures.style import optimizer_styles
 
@@ -21,18 +21,20 @@ RULE = (
     f"Final loss: the mean training loss of a seed over its last {FINAL_EPOCHS} epochs. The winner of an optimizer is "
     "the configuration with the lowest median over all seeds, in which a diverged seed counts as infinite, so that "
     "no configuration gains by a seed that fails; of equal medians the one with fewer diverged seeds, then the "
-    "first of the grid. The mean and its 95% Student-t interval leave diverged seeds out, and decide nothing."
+    "first of the grid. The mean and its 95% Student-t interval leave diverged seeds out, and decide nothing. Winners "
+    "are chosen and compared on the same seeds, which flatters them, the more the larger their grid."
 )
 
 
 class Point(NamedTuple):
-    """One configuration of a grid: where its records are, which ``seeds`` it trains, and the swept
-    ``settings`` by their name (``{"lr": 0.01, "momentum": 0.9}``)."""
+    """One configuration of a grid: where its records are, which ``seeds`` it trains, the swept ``settings``
+    by their name (``{"lr": 0.01, "momentum": 0.9}``), and the ``config`` that its records must have."""
 
     optimizer: str
     variant: str
     seeds: list[int]
     settings: dict[str, Any]
+    config: dict[str, Any] = {}
 
 
 class Winner(NamedTuple):
@@ -45,13 +47,14 @@ class Winner(NamedTuple):
 def grid_table(root: str | Path, problem: str, points: Sequence[Point]) -> pd.DataFrame:
     """One row per point, sorted by optimizer (in the order of the legend) and ``median``.
 
-    Columns: ``optimizer``, the swept settings (NaN where an optimizer has no such setting), number of
+    Columns: ``optimizer``, the swept settings (NaN where an optimizer has no such setting, ``"none"`` where it
+    is None), number of
     ``seeds``, of these ``diverged``, ``median``, ``mean``, ``low``, ``high``, ``lowest``, ``highest`` of the final
     loss over seeds (see ``RULE``), ``status``: complete, incomplete, missing or failed with its reason,
     ``variant`` and the records' ``label``. Numbers are NaN unless the status is complete.
 
     Raises:
-        RecordError: a record is damaged, see ``load_records``.
+        RecordError: a record is damaged, see ``load_records``, or has other settings than the point.
     """
     rows = [_row(Path(root), problem, point) for point in points]
     table = pd.DataFrame(rows).reset_index(names="place")
@@ -72,6 +75,11 @@ def grid_table(root: str | Path, problem: str, points: Sequence[Point]) -> pd.Da
     ]
     table = table.sort_values(["rank", "median", "diverged", "place"], ignore_index=True)
     return table.loc[:, [*columns, "status", "variant", "label"]]
+
+
+def read_grid_table(path: str | Path) -> pd.DataFrame:
+    """``grid_table`` as ``experiments.select`` writes it."""
+    return pd.read_csv(path, dtype={"label": str}).fillna({"label": ""})
 
 
 def winners(table: pd.DataFrame) -> dict[str, Winner]:
@@ -121,23 +129,36 @@ def grid_markdown(title: str, table: pd.DataFrame, best: pd.DataFrame | None) ->
 
 
 def _row(root: Path, problem: str, point: Point) -> dict[str, Any]:
-    row = {
-        "optimizer": point.optimizer,
-        **point.settings,
-        "seeds": len(point.seeds),
-        "variant": point.variant,
-    }
+    settings = {name: "none" if value is None else value for name, value in point.settings.items()}
+    row = {"optimizer": point.optimizer, **settings, "seeds": len(point.seeds), "variant": point.variant}
     home = root / problem / point.optimizer / point.variant
+    _check_settings(home, point)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # unfinished records: the status says so
             frame = load_records(root, problem, optimizer=point.optimizer, variant=point.variant)
     except NoRecordsError:
-        return row | _no_numbers(_what_is_there(home))
-    if sorted(set(frame["seed"])) != sorted(point.seeds):
+        return row | _no_numbers(_what_is_there(home, "missing"))
+    frame = frame.loc[frame["seed"].isin(point.seeds)]
+    if len(set(frame["seed"])) < len(point.seeds):
         return row | _no_numbers(_what_is_there(home, "incomplete"))
     labels = " / ".join(sorted(set(frame["label"]) - {""}))
     return row | _numbers(final_losses(frame)) | {"status": COMPLETE, "label": labels}
+
+
+def _check_settings(home: Path, point: Point) -> None:
+    """A directory's name says only what differed from the recipe of its day."""
+    for path in sorted(home.rglob("provenance.json")):
+        found = read_provenance(path).get("config", {})
+        for part, asked in point.config.items():
+            there = found.get(part, {})
+            wrong = [
+                f"{part}.{key}={there[key]}"
+                for key in asked.keys() & there.keys()
+                if there[key] != asked[key]
+            ]
+            if wrong:
+                raise RecordError(f"{path.parent} was trained with {', '.join(sorted(wrong))}: move it away")
 
 
 def _numbers(losses: pd.Series) -> dict[str, Any]:
@@ -157,10 +178,12 @@ def _no_numbers(status: str) -> dict[str, Any]:
     return dict.fromkeys(names, np.nan) | {"status": status, "label": ""}
 
 
-def _what_is_there(home: Path, otherwise: str = "missing") -> str:
-    failure = home / "failure.json"
-    if failure.exists():
-        return f"failed: {json.loads(failure.read_text())['error']}"
+def _what_is_there(home: Path, otherwise: str) -> str:
+    for failure in sorted(home.rglob("failure.json")):
+        try:
+            return f"failed: {json.loads(failure.read_text())['error']}"
+        except (ValueError, KeyError) as error:
+            raise RecordError(f"{failure} is damaged ({error}): remove it") from None
     return "incomplete" if list(home.rglob("provenance.json")) else otherwise
 
 
@@ -190,7 +213,7 @@ def _pairs_text(best: pd.DataFrame, labels: dict[str, str]) -> str:
         rows.append((f"{labels[first]} - {labels[second]}", difference, str(pair["seeds"])))
     if not rows:
         return ""
-    header = ("winners", "difference of the final losses, paired by seed [95% interval]", "shared seeds")
+    header = ("winners", "mean difference of the final losses, paired by seed [95% interval]", "shared seeds")
     return markdown_table(header, rows)
 
 
@@ -198,7 +221,7 @@ def _optimizer_text(own: pd.DataFrame) -> str:
     settings = [name for name in _setting_names(own) if not all(own[name].isna())]
     header = (*settings, "median", "mean [95% interval]", "diverged", "status")
     rows = [
-        (*(f"{row[name]:g}" for name in settings), *_cells(row), row["status"])
+        (*(_text(row[name]) for name in settings), *_cells(row), row["status"].replace("|", "\\|"))
         for row in own.to_dict("records")
     ]
     return markdown_table(header, rows)
@@ -216,4 +239,8 @@ def _setting_names(table: pd.DataFrame) -> list[str]:
 
 
 def _settings_text(row: dict[str, Any], table: pd.DataFrame) -> str:
-    return ", ".join(f"{name} {row[name]:g}" for name in _setting_names(table) if pd.notna(row[name]))
+    return ", ".join(f"{name} {_text(row[name])}" for name in _setting_names(table) if pd.notna(row[name]))
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float | int) else str(value)

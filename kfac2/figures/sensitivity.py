@@ -32,7 +32,8 @@ def at_paper_settings(table: pd.DataFrame) -> pd.DataFrame:
 
 def sensitivity_figure(table: pd.DataFrame, title: str) -> Figure:
     """Median final loss against the learning rate, two panels: the other settings the best of the grid at
-    each rate, and the paper's. Bars span the seeds; a median that is infinite sits at the upper edge.
+    each rate, and the paper's, if it is in the grid. Bars span the seeds; a median that is infinite sits at
+    the upper edge.
 
     Args:
         table: as ``grid_table`` returns it, with a column ``lr``.
@@ -46,18 +47,19 @@ def sensitivity_figure(table: pd.DataFrame, title: str) -> Figure:
         "other settings: best of the grid": best_of_each_rate(table),
         "other settings: the paper's": at_paper_settings(table),
     }
+    panels = {name: rows for name, rows in panels.items() if not rows.empty}
     styles = optimizer_styles(table["optimizer"])
     absent = sum(map(np.isnan, table["median"]))
     untrained = f"{absent} of {len(table)} configurations not trained" if absent else ""
     width, height = PANEL_SIZE
     with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(2 * width, height), layout="constrained")
-        row = figure.subplots(1, 2, sharey=True)
+        figure = Figure(figsize=(len(panels) * width, height), layout="constrained")
+        row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, (name, rows) in zip(row, panels.items(), strict=True):
             _draw(axes, rows, styles)
             set_title(axes, title, name, *sorted(set(rows["label"]) - {""}), untrained)
         row[0].set_ylabel("final training loss")
-        row[1].tick_params(labelleft=True)
+        row[-1].tick_params(labelleft=True)
     return figure
 
 

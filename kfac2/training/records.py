@@ -20,18 +20,21 @@ import torch
 import kfac2
 
 Row = dict[str, float | int]
-FAILURE = "failure.json"
 
 
 class RecordInUseError(RuntimeError):
     """Another process is writing the record."""
 
 
+class OtherRecordError(ValueError):
+    """The directory holds the record of another configuration."""
+
+
 class RunDirectory:
     """The files of one run; ``config`` is its identity.
 
     Raises:
-        ValueError: the directory holds the record of another configuration.
+        OtherRecordError: the directory holds the record of another configuration.
     """
 
     def __init__(self, path: Path, config: dict[str, Any]):
@@ -39,8 +42,9 @@ class RunDirectory:
         self.checkpoint = path / "checkpoint.pt"
         self.curves = path / "curves.csv"
         self.provenance = path / "provenance.json"
+        self.failure = path / "failure.json"
         if self.provenance.exists() and (other := self._read()["config"]) != config:
-            raise ValueError(
+            raise OtherRecordError(
                 f"{path} holds the record of another configuration ({', '.join(_differences(other, config))}):"
                 " move it away, or set runs=..."
             )
@@ -86,7 +90,7 @@ class RunDirectory:
             "torch_version": torch.__version__,
             "device": device,
             "threads": torch.get_num_threads(),
-            "date": now(),
+            "date": _now(),
         }
         text = json.dumps(content, indent=2) + "\n"
         write_atomically(self.provenance, lambda path: path.write_text(text))
@@ -108,6 +112,28 @@ class RunDirectory:
         self.write_provenance(complete=True, device=device, label=label)
         self.checkpoint.unlink(missing_ok=True)
 
+    @contextmanager
+    def failure_recorded(self) -> Iterator[None]:
+        """An exception inside leaves ``failure.json`` where the record would be, until training begins again."""
+        try:
+            yield
+        except RecordInUseError:
+            raise  # another process is doing it
+        except Exception as error:
+            with self.locked():
+                self._write_failure(error)
+            raise
+
+    def _write_failure(self, error: Exception) -> None:
+        content = {
+            "error": " ".join(f"{type(error).__name__}: {error}".split()),
+            "config": self.config,
+            "code_version": code_version(),
+            "date": _now(),
+        }
+        text = json.dumps(content, indent=2) + "\n"
+        write_atomically(self.failure, lambda path: path.write_text(text))
+
     def _read(self) -> dict[str, Any]:
         return json.loads(self.provenance.read_text())
 
@@ -121,24 +147,7 @@ def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") 
             yield f"{prefix}{key}={old} there, {new} here"
 
 
-def write_failure(path: Path, config: dict[str, Any], error: Exception) -> None:
-    """Leave word, where the record would be, of a configuration that a sweep could not train."""
-    content = {
-        "error": f"{type(error).__name__}: {error}",
-        "config": config,
-        "code_version": code_version(),
-        "date": now(),
-    }
-    path.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(path / FAILURE, lambda file: file.write_text(text))
-
-
-def clear_failure(path: Path) -> None:
-    (path / FAILURE).unlink(missing_ok=True)
-
-
-def now() -> str:
+def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

@@ -97,6 +97,7 @@ class Training:
             if checkpoint is not None:
                 directory.check_label(self.problem.label)
                 self.load_state_dict(checkpoint)
+            directory.failure.unlink(missing_ok=True)
             directory.write_provenance(False, device_name(device), self.problem.label)
             tracker.start(directory.config, first_epoch=self.epoch + 1)
             with tqdm(

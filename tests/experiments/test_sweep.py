@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -16,7 +17,7 @@ from experiments.identity import run_path
 from experiments.overrides import check_overrides
 from experiments.schema import processes
 from experiments.select import Grid, expand
-from experiments.train import CONFIGS, build_training, train_in_sweep
+from experiments.train import CONFIGS, build_training, run_directories, train
 from kfac2.figures.grid import Winner
 from kfac2.figures.style import OPTIMIZERS
 from kfac2.training.records import RunDirectory
@@ -90,6 +91,7 @@ def test_the_resnet_s_grid_as_a_job(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     config = OmegaConf.create(result.stdout)
     assert (config.sweep.name, config.problem.name) == ("paper_grid", "resnet110_cifar10")
+    assert config.optimizer.inverse == "tikhonov"
     assert not list(tmp_path.iterdir())
 
 
@@ -116,6 +118,7 @@ def run(*overrides: str, runs: Path) -> subprocess.CompletedProcess[str]:
 
 SWEEP = ["sweep=paper_grid", "optimizer=sgd", "optimizer.lr=1e-2,1e-3,-1", "optimizer.momentum=0.9", *TINY]
 SMALL = "depth=2,epochs=1,test_samples=8,train_samples=64"
+TIKHONOV = "inverse=tikhonov,kl_clip=None,lr=0.01,momentum=0.0"
 VARIANTS = {f"depth=2,epochs=1,lr={lr},test_samples=8,train_samples=64" for lr in ("0.01", "-1.0")} | {SMALL}
 
 
@@ -155,18 +158,56 @@ def test_processes_train_the_others_of_a_failure_and_then_only_what_is_missing(
     assert now == records
 
 
+def train_in_sweep(config: Any) -> None:
+    train(config, attempt=RunDirectory.failure_recorded)
+
+
 @pytest.mark.usefixtures("hydra")
-def test_a_failure_is_forgotten_when_the_training_succeeds(tmp_path: Path) -> None:
+def test_a_failure_is_forgotten_when_training_begins(tmp_path: Path) -> None:
     config = compose("train", overrides=[*TINY, f"runs={tmp_path}", "tracking=none", "seeds=[0]"])
-    failure = run_path(config) / "failure.json"
     with pytest.raises(ValueError, match="momentum"):
-        train_in_sweep(OmegaConf.merge(config, {"optimizer": {"momentum": -1.0}}))  # pyright: ignore
+        train_in_sweep(OmegaConf.merge(config, {"optimizer": {"momentum": -1.0}}))
     (failed,) = tmp_path.rglob("failure.json")
     assert json.loads(failed.read_text())["error"].startswith("ValueError: ")
-    failure.parent.mkdir()
-    failed.rename(failure)
-    train_in_sweep(config)
-    assert not failure.exists()
+    (directory,) = run_directories(config)
+    directory.path.mkdir()
+    failed.rename(directory.failure)
+    train(config)  # outside a sweep too
+    assert not directory.failure.exists()
+
+
+@pytest.mark.usefixtures("hydra")
+def test_one_seed_s_failure_stays_beside_the_records_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(config: Any, directory: RunDirectory, position: int) -> None:
+        if directory.config["seeds"] == [0]:
+            raise OSError("no\nspace")
+        with directory.locked():
+            directory.finish("cpu")
+
+    monkeypatch.setattr("experiments.train.train_record", failing)
+    for seed in (0, 1):
+        overrides = ["problem=resnet20_cifar10_preview", f"seeds=[{seed}]", f"runs={tmp_path}"]
+        config = compose("train", overrides=overrides)
+        if seed == 0:
+            with pytest.raises(OSError, match="space"):
+                train_in_sweep(config)
+        else:
+            train_in_sweep(config)
+    (failure,) = tmp_path.rglob("failure.json")
+    assert failure.parent.name == "seed=0"
+    assert json.loads(failure.read_text())["error"] == "OSError: no space"
+    assert (failure.parent.parent / "seed=1" / "provenance.json").exists()
+
+
+@pytest.mark.usefixtures("hydra")
+def test_another_configuration_s_record_is_no_failure(tmp_path: Path) -> None:
+    overrides = [*TINY, f"runs={tmp_path}", "tracking=none", "seeds=[0]"]
+    train(compose("train", overrides=overrides))
+    with pytest.raises(ValueError, match="holds the record of another configuration"):
+        train_in_sweep(compose("train", overrides=[*overrides, "threads=2"]))
+    assert not list(tmp_path.rglob("failure.json"))
 
 
 @pytest.mark.usefixtures("hydra")
@@ -186,16 +227,79 @@ def test_processes_do_not_oversubscribe_the_cores(monkeypatch: pytest.MonkeyPatc
     assert processes("cuda:0", 1) == 1
 
 
-def test_a_winner_s_recipe_is_its_configuration(paper_grid: Grid, tmp_path: Path) -> None:
-    (point,) = (
-        p for p in paper_grid.points if p.variant == "damping=0.001,lr=0.0001" and p.optimizer == "kfac"
-    )
-    winner = Winner(point.variant, point.settings | {"median": 0.1, "seeds": 5, "diverged": 0.0})
-    config = paper_grid.configs[0]
-    text = select.recipe(config, "kfac", winner, paper_grid.keys)
+NUMBERS: dict[str, Any] = {"median": 0.1, "seeds": 5, "diverged": 0.0}
+
+
+@pytest.mark.usefixtures("hydra")
+@pytest.mark.parametrize(
+    ("sweep", "variant"),
+    [
+        (["sweep=paper_grid"], "damping=0.001,lr=0.0001"),
+        (["sweep=paper_grid", "optimizer.inverse=eigen,tikhonov", "optimizer.kl_clip=null,1"], TIKHONOV),
+    ],
+)
+def test_a_winner_s_recipe_is_its_configuration(sweep: list[str], variant: str, tmp_path: Path) -> None:
+    grid = expand(["optimizer=kfac", *sweep])
+    text = select.recipe(grid, "kfac", Winner(variant, NUMBERS))
     assert text.startswith("# @package _global_\n")
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "own.yaml").write_text(text)
     overrides = ["optimizer=kfac", "recipe=own", f"hydra.searchpath=[file://{tmp_path}]"]
+    assert run_path(compose("train", overrides=overrides)).name == variant
+
+
+def test_an_unfinished_grid_gets_no_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], paper_grid: Grid
+) -> None:
+    points = [point for point in paper_grid.points if point.optimizer == "sgd"]
+    rows = [p.settings | {"optimizer": "sgd", "variant": p.variant, "status": "complete"} for p in points]
+    table = pd.DataFrame(rows).assign(**NUMBERS)
+    table.loc[table.index[-1], ["median", "status"]] = [float("nan"), "missing"]
+    grid = Grid(points, paper_grid.configs[: len(points)], paper_grid.keys)
+    select.write_recipes(tmp_path, grid, table, ["sweep=paper_grid"])
+    assert "not written, the grid of sgd is not finished" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    table.loc[table.index[-1], "status"] = "failed: ValueError"
+    select.write_recipes(tmp_path, grid, table, ["sweep=paper_grid", "runs=elsewhere", "device=cpu"])
+    assert (tmp_path / "deep_linear_mlp" / "sgd_best.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep=typo"], "Could not find 'sweep/typo'"),
+        (["problem=deep_linear_mlp,resnet110_cifar10", "optimizer=sgd"], "one problem at a time"),
+        (["optimizer=kfac", "optimizer.dumping=1,2"], "Did you mean optimizer.damping"),
+        (["optimizer=sgd", "optimizer.damping=1"], "unknown setting"),
+    ],
+)
+def test_bad_arguments_of_select_are_one_message(arguments: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=message):
+        select.main([*arguments, f"runs={tmp_path}"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_select_knows_the_settings_of_the_chosen_optimizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    select.main(["-m", "optimizer=kfac", "optimizer.damping=1e-2,1", f"runs={tmp_path}", "--list"])
+    assert "kfac/damping=1.0\n2 configurations, 10 trainings" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        select.main(["--lsit"])
+    assert "unknown option --lsit" in capsys.readouterr().err
+
+
+def test_select_refuses_records_of_another_machine_s_identity(tmp_path: Path) -> None:
     with initialize_config_dir(CONFIGS, version_base="1.3"):
-        assert run_path(compose("train", overrides=overrides)).name == point.variant
+        train(compose("train", overrides=[*TINY, f"runs={tmp_path}", "tracking=none"]))
+    with pytest.raises(SystemExit, match=r"error: .* holds the record of another configuration"):
+        select.main(["optimizer=sgd", *TINY, f"runs={tmp_path}", "threads=2", "--list"])
+
+
+@pytest.mark.usefixtures("hydra")
+def test_slurm_s_settings() -> None:
+    overrides = ["hydra/launcher=slurm", "threads=4", "hydra.launcher.partition=gpu"]
+    launcher = compose("train", overrides=overrides, return_hydra_config=True).hydra.launcher
+    assert launcher._target_.endswith("SlurmLauncher")
+    assert (launcher.cpus_per_task, launcher.partition) == (4, "gpu")
+    assert launcher.max_num_timeout > 0  # a job out of time goes on
