@@ -28,7 +28,7 @@ SCALE ?= $(shell $(BIN)/python -c 'import torch; print("full" if torch.cuda.is_a
 
 .DEFAULT_GOAL := help
 .PHONY: help setup reproduce-figure1 reproduce-figure2 reproduce-figure3 runs-mlp runs-resnet \
-	runs-resnet-control runs-resnet-where-possible sweep-mlp sweep-figures figure1 figure2 figure3 test lint format benchmark clean
+	runs-resnet-control runs-resnet-where-possible sweep-mlp sweep-figures study figure1 figure2 figure3 test lint format benchmark clean
 .NOTPARALLEL: # every training uses all cores itself
 
 help: ## list the commands
@@ -80,6 +80,9 @@ sweep-mlp: $(READY) ## the paper's grid of the MLP: train what is missing (an ho
 sweep-figures: $(READY) ## the grid's table, winners and figures again from the committed records
 	$(BIN)/python -m experiments.select sweep=paper_grid runs=results
 	$(BIN)/python scripts/plot_sweep.py --records results --output results/figures
+
+study: $(READY) ## train and measure what is missing of the study of the coarse space (hours)
+	$(BIN)/python scripts/run_study.py tracking=$(TRACKING)
 
 figure1: $(READY) ## redraw Figure 1 from the committed records, without training
 	$(BIN)/python scripts/plot_figure1.py --records results --reference results --output results/figures $(DRAWN_SCALE)

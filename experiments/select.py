@@ -103,11 +103,14 @@ def write_tables(directory: Path, name: str, table: pd.DataFrame, text: str) -> 
 
 
 def write_recipes(directory: Path, grid: Grid, table: pd.DataFrame, overrides: Sequence[str]) -> None:
-    """``<directory>/<problem>/<optimizer>_best.yaml`` for each optimizer whose grid is decided."""
+    """``<directory>/<problem>/<optimizer>_best.yaml`` for each optimizer whose grid is decided.
+
+    Only of a sweep that asks for it (``sweep.recipes``), as it stands: another must not overwrite them.
+    """
     sweep, problem = grid.configs[0].sweep, grid.configs[0].problem.name
     foreign = sorted({o.key_or_group for o in _parsed(overrides)} - set(OWN))
-    if not sweep or foreign:
-        print(f"no recipes written: they are a named sweep's, with no other settings ({', '.join(foreign)})")
+    if not sweep or not sweep.get("recipes") or foreign:
+        print("no recipes written: only a sweep with `recipes: true` has them, and with no other settings")
         return
     for name, winner in winners(table).items():
         path = directory / problem / f"{name}_best.yaml"

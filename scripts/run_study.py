@@ -1,0 +1,45 @@
+"""Train and measure what is missing of the study, one sweep after another, on all cores.
+
+Does curvature between layers help? Questions 1 to 7; results/study/ has the answers once they are there.
+Further arguments are Hydra's: python scripts/run_study.py tracking=none
+"""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN, MEASURE = "experiments.train", "experiments.microscope"
+BEST = "recipe=deep_linear_mlp/{}_best"
+STEPS: list[tuple[str, list[str]]] = [
+    (TRAIN, ["sweep=study_one_level", "optimizer=kfac"]),
+    (TRAIN, ["sweep=study_variants", "optimizer=two_level_variant"]),
+    (TRAIN, ["sweep=study_damping", "optimizer=two_level_variant"]),
+    (TRAIN, ["sweep=study_rates", "optimizer=kfac", BEST.format("kfac")]),
+    (TRAIN, ["sweep=study_rates", "optimizer=two_level_kfac", BEST.format("two_level_kfac")]),
+    *[
+        (TRAIN, [f"sweep={sweep}", f"optimizer={optimizer}"])
+        for sweep in ("study_depth", "study_depth_plain")
+        for optimizer in ("kfac", "two_level_kfac")
+    ],
+    (MEASURE, ["optimizer=kfac,two_level_kfac", f"seeds={','.join(f'[{seed}]' for seed in range(10))}"]),
+]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run all steps, the later ones too if one fails, and exit with 1 then."""
+    settings = list(sys.argv[1:] if argv is None else argv)
+    failed = []
+    for module, overrides in STEPS:
+        arguments = ["-m", *overrides, "problem=deep_linear_mlp", "hydra/launcher=processes", *settings]
+        print(f"python -m {module} {' '.join(arguments)}", flush=True)
+        command = [sys.executable, "-m", module, *arguments]
+        if subprocess.run(command, cwd=ROOT, check=False).returncode:
+            failed.append(f"{module} {' '.join(overrides)}")
+    if failed:
+        raise SystemExit(f"failed, the other steps are done: {'; '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
