@@ -1,7 +1,7 @@
 """Train and measure what is missing of the study, one sweep after another, on all cores.
 
-Does curvature between layers help? Questions 1 to 7; results/study/ has the answers once they are there.
-Further arguments are Hydra's: python scripts/run_study.py tracking=none
+Does curvature between layers help? The last step needs CIFAR-10. Further arguments are Hydra's:
+python scripts/run_study.py tracking=none
 """
 
 import subprocess
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAIN, MEASURE = "experiments.train", "experiments.microscope"
+TRAIN, MEASURE, OBSERVE = "experiments.train", "experiments.microscope", "experiments.coarse_matrix"
 BEST = "recipe=deep_linear_mlp/{}_best"
 STEPS: list[tuple[str, list[str]]] = [
     (TRAIN, ["sweep=study_one_level", "optimizer=kfac"]),
@@ -24,6 +24,15 @@ STEPS: list[tuple[str, list[str]]] = [
         for optimizer in ("kfac", "two_level_kfac")
     ],
     (MEASURE, ["optimizer=kfac,two_level_kfac", f"seeds={','.join(f'[{seed}]' for seed in range(10))}"]),
+    (
+        OBSERVE,
+        [
+            "problem=resnet20_cifar10_preview",
+            "optimizer=two_level_variant",
+            "optimizer.coarse=observed",
+            "seeds=[0],[1],[2],[3],[4]",
+        ],
+    ),
 ]
 
 
@@ -32,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = list(sys.argv[1:] if argv is None else argv)
     failed = []
     for module, overrides in STEPS:
-        arguments = ["-m", *overrides, "problem=deep_linear_mlp", "hydra/launcher=processes", *settings]
+        arguments = ["-m", *overrides, "hydra/launcher=processes", *settings]
         print(f"python -m {module} {' '.join(arguments)}", flush=True)
         command = [sys.executable, "-m", module, *arguments]
         if subprocess.run(command, cwd=ROOT, check=False).returncode:

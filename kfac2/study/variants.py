@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac2.curvature import CoarseSpace
-from kfac2.curvature.coarse import Blocks
+from kfac2.curvature.coarse import Blocks, Maps
 from kfac2.optim.kfac import TwoLevelKFAC
 
 
@@ -143,10 +143,35 @@ class Scheduled(CoarseSpace):
         return super().solve(coarse_gradient) if on else torch.zeros_like(coarse_gradient)
 
 
+class Observed(CoarseSpace):
+    """The full correction; beside it, in ``exact``, the exact coarse Fisher of the same batches, which nothing uses."""
+
+    def __init__(self, weight: float = 1.0):
+        super().__init__(weight=weight)
+        self.exact = CoarseSpace("exact")
+
+    def bind(self, shapes: Sequence[tuple[int, int]], replicas: int, device: torch.device) -> None:
+        self.exact.bind(shapes, replicas, device)
+        super().bind(shapes, replicas, device)
+
+    def accumulate(self, maps: Maps) -> None:
+        super().accumulate(maps)
+        self.exact.accumulate(maps)
+
+    def fold(self, decay: float) -> Tensor:
+        rejected = self.exact.fold(decay)
+        return super().fold(decay) | rejected
+
+    def discard_sample(self) -> None:
+        super().discard_sample()
+        self.exact.discard_sample()
+
+
 STEPS_PER_EPOCH = 49  # of the deep linear MLP: 25,000 samples in batches of 512
 VARIANTS: dict[str, Callable[[float], CoarseSpace]] = {
     "full": lambda weight: CoarseSpace(weight=weight),
     "exact": lambda weight: CoarseSpace("exact", weight=weight),
+    "observed": Observed,
     "diagonal": lambda weight: Diagonal(weight=weight),
     "identity": lambda weight: Identity(weight=weight),
     "permuted": lambda weight: Permuted(weight=weight),

@@ -27,18 +27,18 @@ def test_the_tables(tables: dict[str, pd.DataFrame]) -> None:
     assert set(directions["epoch"]) == {0, 2}
     assert set(directions["statistics"]) == {"batch", "frozen"}
     assert len(directions) == 2 * 2 * 7
-    assert (directions["scaled_error"] <= directions["error"] + 1e-12).all()
-    assert (directions["scaled_error"] <= 1 + 1e-12).all()
+    assert all(directions["scaled_error"] <= directions["error"] + 1e-12)
+    assert all(directions["scaled_error"] <= 1 + 1e-12)
     by_name = directions.set_index(["epoch", "statistics", "direction"])["error"].unstack()
-    assert (by_name["galerkin"] <= by_name["one_level"] + 1e-12).all()  # the best of a space that holds it
-    assert (by_name["galerkin"] <= by_name["two_level"] + 1e-12).all()
+    assert all(by_name["galerkin"] <= by_name["one_level"] + 1e-12)  # the best of a space that holds it
+    assert all(by_name["galerkin"] <= by_name["two_level"] + 1e-12)
     unsymmetric = directions["direction"] == "galerkin"
-    assert directions.loc[unsymmetric, "pcg_iterations"].isna().all()
-    assert directions.loc[~unsymmetric, "pcg_iterations"].between(1, 1000).all()
+    assert all(directions.loc[unsymmetric, "pcg_iterations"].isna())
+    assert all(directions.loc[~unsymmetric, "pcg_iterations"].between(1, 1000))
     true = tables["coarse"].query("matrix == 'true'")
-    assert (true["distance"] == 0).all()
+    assert all(true["distance"] == 0)
     spectrum = tables["spectrum"].query("matrix == 'true'")
-    assert spectrum.groupby(["epoch", "statistics"]).size().eq(4).all()  # three hidden layers and the logit
+    assert all(spectrum.groupby(["epoch", "statistics"]).size().eq(4))  # three hidden layers and the logit
 
 
 def test_the_exact_coarse_fisher_is_the_true_one_of_frozen_statistics(
@@ -46,8 +46,8 @@ def test_the_exact_coarse_fisher_is_the_true_one_of_frozen_statistics(
 ) -> None:
     distance = tables["coarse"].set_index(["epoch", "statistics", "matrix"])["distance"].unstack()
     frozen = distance.xs("frozen", level="statistics")
-    assert (frozen["exact"] < 0.5).all()  # up to the noise of twenty label draws
-    assert (frozen["exact"] < distance.xs("batch", level="statistics")["exact"]).all()
+    assert all(frozen["exact"] < 0.5)  # up to the noise of twenty label draws
+    assert all(frozen["exact"] < distance.xs("batch", level="statistics")["exact"])
 
 
 def test_a_measured_seed_is_not_measured_again(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from kfac2 import TwoLevelKFAC
 from kfac2.study import variants
-from kfac2.study.variants import VARIANTS, Permuted, RandomBasis, Scheduled, two_level_variant
+from kfac2.study.variants import VARIANTS, Observed, Permuted, RandomBasis, Scheduled, two_level_variant
 from tests.optim.test_trajectories import compare, options_for
 from tests.reference.coarse import LiteralTwoLevelKFAC, matrix_absolute
 from tests.reference.fisher import restriction, vec
@@ -117,6 +117,7 @@ class LiteralScheduled(Literal):
 TWINS: dict[str, tuple[type[Literal], dict[str, Any]]] = {
     "full": (Literal, {}),
     "exact": (Literal, {"coarse_fisher": "exact"}),
+    "observed": (Literal, {}),
     "diagonal": (LiteralDiagonal, {}),
     "identity": (LiteralIdentity, {}),
     "permuted": (LiteralPermuted, {}),
@@ -153,7 +154,7 @@ def test_a_variant_is_its_dense_definition(name: str, bias: bool) -> None:
         torch.allclose(a, b, rtol=1e-6)
         for a, b in zip(reference.parameters(), model.parameters(), strict=True)
     )
-    assert same == (name == "full")
+    assert same == (name in ("full", "observed"))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -191,6 +192,21 @@ def test_a_resumed_variant_goes_on_bit_identically(name: str) -> None:
         assert torch.equal(one, other)
 
 
+def test_what_is_observed_is_the_exact_coarse_fisher() -> None:
+    torch.manual_seed(6)
+    model = BERNOULLI.network(bias=True)
+    twin_model, options = deepcopy(model), options_for(BERNOULLI)
+    optimizer = two_level_variant(model, coarse="observed", **options)
+    exact = TwoLevelKFAC(twin_model, coarse_fisher="exact", **options)
+    for batch in BERNOULLI.batches(3):
+        twin_model.load_state_dict(model.state_dict())
+        real_step(optimizer, model, [batch])
+        real_step(exact, twin_model, [batch])
+    assert isinstance(optimizer.coarse, Observed)
+    assert exact.coarse is not None
+    assert_close(optimizer.coarse.exact.matrix(), exact.coarse.matrix())
+
+
 def test_schedules() -> None:
     spaces = {name: VARIANTS[name](1.0) for name in ("first_step", "first_epoch", "after_epoch_5")}
     limits = {name: (s.first, s.last) for name, s in spaces.items() if isinstance(s, Scheduled)}
@@ -225,7 +241,7 @@ def test_permutations_differ_between_refreshes() -> None:
 
 def test_an_unknown_variant_lists_the_known_ones() -> None:
     with pytest.raises(
-        ValueError, match=r"unknown optimizer\.coarse 'half': choose from full, exact, diagonal"
+        ValueError, match=r"unknown optimizer\.coarse 'half': choose from full, exact, observed"
     ):
         two_level_variant(BERNOULLI.network(bias=False), coarse="half")
 

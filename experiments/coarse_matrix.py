@@ -1,0 +1,71 @@
+"""The coarse Fisher of a network while two-level K-FAC trains it, Kronecker beside exact (study, question 8).
+
+python -m experiments.coarse_matrix problem=resnet20_cifar10_preview optimizer=two_level_variant \\
+    optimizer.coarse=observed
+
+Takes the arguments of experiments.train, one seed after another. Leaves ``<runs>/coarse_matrix/<problem>/<variant>/``
+``seed=<s>/`` with ``coarse.csv``, a row per epoch and matrix, and ``provenance.json``.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pandas as pd
+import torch
+from omegaconf import DictConfig
+
+from experiments.identity import identity, run_path
+from experiments.overrides import check_overrides
+from experiments.train import CONFIGS, build_training, check_machine
+from kfac2.study.microscope import coarse_numbers
+from kfac2.study.variants import Observed
+from kfac2.training.records import RunDirectory, write_atomically
+from kfac2.training.trainer import Training
+
+
+@hydra.main(config_path=CONFIGS, config_name="train", version_base="1.3")
+def main(config: DictConfig) -> None:
+    check_machine(config.device, config.threads)
+    torch.set_num_threads(config.threads)
+    trained = run_path(config)
+    for seed in config.seeds:
+        path = Path(config.runs) / "coarse_matrix" / config.problem.name / trained.name / f"seed={seed}"
+        directory = RunDirectory(path, identity(config) | {"seeds": [seed]})
+        if directory.is_complete() and not config.rerun:
+            print(f"{path}: complete, not measured again (rerun=true does)")
+            continue
+        with directory.locked():
+            training = build_training(config, [seed])
+            directory.write_provenance(False, config.device, training.problem.label)
+            frame = pd.DataFrame(measure_training(training))
+            write_atomically(path / "coarse.csv", lambda file, f=frame: f.to_csv(file, index=False))
+            directory.finish(config.device, training.problem.label)
+        print(f"{path}: complete")
+
+
+def measure_training(training: Training) -> list[dict[str, Any]]:
+    """Rows of one seed's training, after each epoch: ``coarse_numbers`` of both running matrices beside the
+    exact one, and how many of its eigenvalues are negative.
+
+    Raises:
+        ValueError: the optimizer does not observe the exact coarse Fisher.
+    """
+    coarse = getattr(training.optimizer, "coarse", None)
+    if not isinstance(coarse, Observed):
+        raise ValueError("only with optimizer=two_level_variant optimizer.coarse=observed")
+    rows: list[dict[str, Any]] = []
+    for epoch in range(1, training.settings.epochs + 1):
+        (latest,) = training.train_epoch()
+        exact = coarse.exact.matrix()[0]
+        for name, matrix in (("kronecker", coarse.matrix()[0]), ("exact", exact)):
+            negative = int((torch.linalg.eigvalsh(matrix) < 0).sum())
+            row = {"seed": latest["seed"], "epoch": epoch, "train_loss": latest["train_loss"], "matrix": name}
+            rows.append(row | coarse_numbers(matrix, exact) | {"negative_eigenvalues": negative})
+    return rows
+
+
+if __name__ == "__main__":
+    check_overrides(sys.argv[1:], CONFIGS)
+    main()
