@@ -9,43 +9,32 @@ Takes the arguments of experiments.train, one seed after another. Leaves ``<runs
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import hydra
-import pandas as pd
 import torch
 from omegaconf import DictConfig
 
 from experiments.identity import identity, run_path
+from experiments.measurement import Rows, measure_missing
 from experiments.overrides import check_overrides
-from experiments.train import CONFIGS, build_training, check_machine
+from experiments.train import CONFIGS
 from kfac2.study.microscope import coarse_numbers
 from kfac2.study.variants import Observed
-from kfac2.training.records import RunDirectory, write_atomically
+from kfac2.training.records import RunDirectory
 from kfac2.training.trainer import Training
 
 
 @hydra.main(config_path=CONFIGS, config_name="train", version_base="1.3")
 def main(config: DictConfig) -> None:
-    check_machine(config.device, config.threads)
-    torch.set_num_threads(config.threads)
-    trained = run_path(config)
-    for seed in config.seeds:
-        path = Path(config.runs) / "coarse_matrix" / config.problem.name / trained.name / f"seed={seed}"
-        directory = RunDirectory(path, identity(config) | {"seeds": [seed]})
-        if directory.is_complete() and not config.rerun:
-            print(f"{path}: complete, not measured again (rerun=true does)")
-            continue
-        with directory.locked():
-            training = build_training(config, [seed])
-            directory.write_provenance(False, config.device, training.problem.label)
-            frame = pd.DataFrame(measure_training(training))
-            write_atomically(path / "coarse.csv", lambda file, f=frame: f.to_csv(file, index=False))
-            directory.finish(config.device, training.problem.label)
-        print(f"{path}: complete")
+    measure_missing(config, run_directory, lambda training: {"coarse": measure_training(training)})
 
 
-def measure_training(training: Training) -> list[dict[str, Any]]:
+def run_directory(config: DictConfig, seed: int) -> RunDirectory:
+    home = Path(config.runs) / "coarse_matrix" / config.problem.name
+    return RunDirectory(home / run_path(config).name / f"seed={seed}", identity(config) | {"seeds": [seed]})
+
+
+def measure_training(training: Training) -> Rows:
     """Rows of one seed's training, after each epoch: ``coarse_numbers`` of both running matrices beside the
     exact one, and how many of its eigenvalues are negative.
 
@@ -55,7 +44,7 @@ def measure_training(training: Training) -> list[dict[str, Any]]:
     coarse = getattr(training.optimizer, "coarse", None)
     if not isinstance(coarse, Observed):
         raise ValueError("only with optimizer=two_level_variant optimizer.coarse=observed")
-    rows: list[dict[str, Any]] = []
+    rows: Rows = []
     for epoch in range(1, training.settings.epochs + 1):
         (latest,) = training.train_epoch()
         exact = coarse.exact.matrix()[0]

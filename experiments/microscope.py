@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import pandas as pd
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from experiments.identity import run_path
+from experiments.measurement import Rows, measure_missing
 from experiments.overrides import check_overrides
-from experiments.train import CONFIGS, build_training, check_machine
+from experiments.train import CONFIGS
 from kfac2 import CoarseSpace, TwoLevelKFAC
 from kfac2.optim.preconditioner import Preconditioner
 from kfac2.study.fisher import DampedFisher, frozen_statistics, logit_jacobian
@@ -31,35 +31,22 @@ from kfac2.study.microscope import (
     pcg_iterations,
     preconditioners,
 )
-from kfac2.training.records import RunDirectory, write_atomically
+from kfac2.training.records import RunDirectory
 from kfac2.training.trainer import Training
 
 EPOCHS = (0, 1, 5, 20)
 DRAWS = 20  # of labels, averaged in the factors, so that their noise is not what is measured
 UNSYMMETRIC = ("galerkin",)  # no preconditioner for conjugate gradients
-Rows = list[dict[str, Any]]
 TABLES = ("directions", "coarse", "spectrum")
 
 
 @hydra.main(config_path=CONFIGS, config_name="train", version_base="1.3")
 def main(config: DictConfig) -> None:
-    check_machine(config.device, config.threads)
-    torch.set_num_threads(config.threads)
-    for seed in config.seeds:
-        directory = run_directory(config, seed)
-        if directory.is_complete() and not config.rerun:
-            print(f"{directory.path}: complete, not measured again (rerun=true does)")
-            continue
-        with directory.locked():
-            directory.write_provenance(complete=False, device=config.device)
-            tables = measure_training(build_training(config, [seed]), seed, config.optimizer.damping)
-            for name, rows in tables.items():
-                frame = pd.DataFrame(rows)
-                write_atomically(
-                    directory.path / f"{name}.csv", lambda path, f=frame: f.to_csv(path, index=False)
-                )
-            directory.finish(device=config.device)
-        print(f"{directory.path}: complete")
+    measure_missing(
+        config,
+        run_directory,
+        lambda training: measure_training(training, training.problem.seeds[0], config.optimizer.damping),
+    )
 
 
 def run_directory(config: DictConfig, seed: int) -> RunDirectory:

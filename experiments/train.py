@@ -33,9 +33,8 @@ register()
 @hydra.main(config_path=CONFIGS, config_name="train", version_base="1.3")
 def main(config: DictConfig) -> None:
     own = HydraConfig.get()
-    if (
-        own.mode is RunMode.MULTIRUN
-    ):  # the launchers let the others go on, and raise the first failure at the end
+    if own.mode is RunMode.MULTIRUN:
+        # The launchers let the others go on, and raise the first failure at the end.
         train(config, position=own.job.num, attempt=RunDirectory.failure_recorded)
     else:
         train(config)

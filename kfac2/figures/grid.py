@@ -17,6 +17,7 @@ from kfac2.figures.statistics import FINAL_EPOCHS, final_losses, paired_differen
 from kfac2.figures.style import optimizer_styles
 
 COMPLETE = "complete"
+NUMBERS = ("diverged", "median", "mean", "low", "high", "lowest", "highest")
 RULE = (
     f"Final loss: the mean training loss of a seed over its last {FINAL_EPOCHS} epochs. The winner of an optimizer is "
     "the configuration with the lowest median over all seeds, in which a diverged seed counts as infinite, so that "
@@ -61,20 +62,9 @@ def grid_table(root: str | Path, problem: str, points: Sequence[Point]) -> pd.Da
     order = list(optimizer_styles(table["optimizer"]))
     table["rank"] = table["optimizer"].map(order.index)
     settings = list(dict.fromkeys(name for point in points for name in point.settings))
-    columns = [
-        "optimizer",
-        *settings,
-        "seeds",
-        "diverged",
-        "median",
-        "mean",
-        "low",
-        "high",
-        "lowest",
-        "highest",
-    ]
+    columns = ["optimizer", *settings, "seeds", *NUMBERS, "status", "variant", "label"]
     table = table.sort_values(["rank", "median", "diverged", "place"], ignore_index=True)
-    return table.loc[:, [*columns, "status", "variant", "label"]]
+    return table.loc[:, columns]
 
 
 def read_grid_table(path: str | Path) -> pd.DataFrame:
@@ -174,8 +164,7 @@ def _numbers(losses: pd.Series) -> dict[str, Any]:
 
 
 def _no_numbers(status: str) -> dict[str, Any]:
-    names = ("diverged", "median", "mean", "low", "high", "lowest", "highest")
-    return dict.fromkeys(names, np.nan) | {"status": status, "label": ""}
+    return dict.fromkeys(NUMBERS, np.nan) | {"status": status, "label": ""}
 
 
 def _what_is_there(home: Path, otherwise: str) -> str:

@@ -1,0 +1,38 @@
+"""What the study's measurements share: one seed after another, each a record of tables, none measured twice."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+import torch
+from omegaconf import DictConfig
+
+from experiments.train import build_training, check_machine
+from kfac2.training.records import RunDirectory, write_atomically
+from kfac2.training.trainer import Training
+
+Rows = list[dict[str, Any]]
+
+
+def measure_missing(
+    config: DictConfig,
+    directory_of: Callable[[DictConfig, int], RunDirectory],
+    measure: Callable[[Training], dict[str, Rows]],
+) -> None:
+    """Leave ``<name>.csv`` for each table of ``measure`` in the directory of each seed that has none yet."""
+    check_machine(config.device, config.threads)
+    torch.set_num_threads(config.threads)
+    for seed in config.seeds:
+        directory = directory_of(config, seed)
+        if directory.is_complete() and not config.rerun:
+            print(f"{directory.path}: complete, not measured again (rerun=true does)")
+            continue
+        with directory.locked():
+            training = build_training(config, [seed])
+            directory.write_provenance(False, config.device, training.problem.label)
+            for name, rows in measure(training).items():
+                frame = pd.DataFrame(rows)
+                file = directory.path / f"{name}.csv"
+                write_atomically(file, lambda path, table=frame: table.to_csv(path, index=False))
+            directory.finish(config.device, training.problem.label)
+        print(f"{directory.path}: complete")
