@@ -18,6 +18,8 @@ STEPS: list[tuple[str, list[str]]] = [
     (TRAIN, ["sweep=study_damping", "optimizer=two_level_variant"]),
     (TRAIN, ["sweep=study_rates", "optimizer=kfac", BEST.format("kfac")]),
     (TRAIN, ["sweep=study_rates", "optimizer=two_level_kfac", BEST.format("two_level_kfac")]),
+    (TRAIN, ["sweep=study_rates", "optimizer=two_level_kfac", BEST.format("kfac")]),
+    (TRAIN, ["sweep=study_variants", "optimizer=two_level_variant", BEST.format("kfac")]),
     *[
         (TRAIN, [f"sweep={sweep}", f"optimizer={optimizer}"])
         for sweep in ("study_depth", "study_depth_plain")

@@ -14,7 +14,6 @@ from kfac2.curvature.inverses import eigh_or_nan
 
 COARSE_FISHERS = ("kronecker", "exact")
 COARSE_GRIDS = ("pairwise", "common")
-STATE = ("grams", "seen", "inverse", "inverts_indefinite")
 
 LARGEST_PART = 2**20
 """Numbers of all layers' maps that are put side by side at once: many samples are taken in parts."""
@@ -30,7 +29,7 @@ class CoarseSpace:
 
     The optimizer calls ``accumulate`` after each back-propagation, ``fold`` and ``refresh`` when a
     refresh is due, and ``restrict``, ``solve``, ``prolong`` in every step. A study of another coarse space
-    overrides what it changes (``kfac2.study``), and names in ``counters`` the integers it must remember.
+    overrides what it changes (``kfac2.study``), and names in ``tensors`` and ``counters`` what it must remember.
 
     With the sums ``α_i = 1ᵀ a_i`` and ``γ_i = 1ᵀ g_i`` of each sample and position,
 
@@ -54,6 +53,7 @@ class CoarseSpace:
         weight: factor on the correction; 0 gives one-level K-FAC.
     """
 
+    tensors: tuple[str, ...] = ("grams", "seen", "inverse", "inverts_indefinite")
     counters: tuple[str, ...] = ("indefinite",)
 
     def __init__(
@@ -205,11 +205,11 @@ class CoarseSpace:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in (*STATE, *self.counters)}
+        return {name: getattr(self, name) for name in (*self.tensors, *self.counters)}
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ``ValueError`` where the state belongs to another number of layers or another Fisher."""
-        for name in STATE:
+        for name in self.tensors:
             old, new = getattr(self, name), state[name]
             if new.shape != old.shape:
                 raise ValueError(
@@ -219,7 +219,7 @@ class CoarseSpace:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a checked state."""
-        for name in STATE:
+        for name in self.tensors:
             old = getattr(self, name)
             setattr(self, name, state[name].to(old.device, old.dtype))
         for name in self.counters:

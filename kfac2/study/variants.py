@@ -18,6 +18,13 @@ class Diagonal(CoarseSpace):
         return super().matrix().diagonal(dim1=-2, dim2=-1).diag_embed()
 
 
+class DampingOnly(CoarseSpace):
+    """``Zᵀ Z ∇ / λ``: the coarse Fisher left out, so that every layer has the same, constant, factor."""
+
+    def matrix(self) -> Tensor:
+        return torch.zeros_like(super().matrix())
+
+
 class NormMatched(CoarseSpace):
     """Another direction in the coarse space, as long as the full correction at every step.
 
@@ -43,6 +50,25 @@ class Identity(NormMatched):
 
     def direction(self, coarse_gradient: Tensor) -> Tensor:
         return coarse_gradient
+
+
+class DiagonalMatched(NormMatched):
+    """The inverse of the damped diagonal of F̃_coarse: a layer's own curvature at the full length."""
+
+    tensors = (*CoarseSpace.tensors, "diagonal_inverse")
+
+    def bind(self, shapes: Sequence[tuple[int, int]], replicas: int, device: torch.device) -> None:
+        super().bind(shapes, replicas, device)
+        self.diagonal_inverse = torch.zeros_like(self.inverse[..., 0])
+
+    def refresh(self, damping: float) -> Tensor:
+        failed = super().refresh(damping)
+        inverse = 1 / (self.matrix().diagonal(dim1=-2, dim2=-1) + damping)
+        self.diagonal_inverse = torch.where(failed[:, None], self.diagonal_inverse, inverse)
+        return failed
+
+    def direction(self, coarse_gradient: Tensor) -> Tensor:
+        return self.diagonal_inverse * coarse_gradient
 
 
 class Permuted(NormMatched):
@@ -173,7 +199,9 @@ VARIANTS: dict[str, Callable[[float], CoarseSpace]] = {
     "exact": lambda weight: CoarseSpace("exact", weight=weight),
     "observed": Observed,
     "diagonal": lambda weight: Diagonal(weight=weight),
+    "damping_only": lambda weight: DampingOnly(weight=weight),
     "identity": lambda weight: Identity(weight=weight),
+    "diagonal_matched": lambda weight: DiagonalMatched(weight=weight),
     "permuted": lambda weight: Permuted(weight=weight),
     "signs": lambda weight: RandomBasis(random_signs, weight),
     "gaussian": lambda weight: RandomBasis(gaussian, weight),

@@ -47,6 +47,12 @@ class LiteralDiagonal(Literal):
         return super().coarse_matrix().diagonal().diag()
 
 
+class LiteralDampingOnly(Literal):
+    def form_preconditioner(self) -> Tensor:
+        Z = restriction(self.sizes)
+        return self.one_level() + Z.T @ Z / self.damping
+
+
 class LiteralConsistent(Literal):
     """``Zᵀ (F̃_coarse + λ Z Zᵀ)^{-1} Z``."""
 
@@ -74,6 +80,13 @@ class LiteralMatched(Literal):
 class LiteralIdentity(LiteralMatched):
     def middle(self) -> Tensor:
         return torch.eye(len(self.sizes))
+
+
+class LiteralDiagonalMatched(LiteralMatched):
+    def middle(self) -> Tensor:
+        return torch.linalg.inv(
+            self.coarse_matrix().diagonal().diag() + self.damping * torch.eye(len(self.sizes))
+        )
 
 
 class LiteralPermuted(LiteralMatched):
@@ -119,7 +132,9 @@ TWINS: dict[str, tuple[type[Literal], dict[str, Any]]] = {
     "exact": (Literal, {"coarse_fisher": "exact"}),
     "observed": (Literal, {}),
     "diagonal": (LiteralDiagonal, {}),
+    "damping_only": (LiteralDampingOnly, {}),
     "identity": (LiteralIdentity, {}),
+    "diagonal_matched": (LiteralDiagonalMatched, {}),
     "permuted": (LiteralPermuted, {}),
     "signs": (LiteralBasis, {}),
     "gaussian": (LiteralBasis, {}),
@@ -174,7 +189,7 @@ def test_a_replica_evolves_as_it_would_alone(name: str) -> None:
         assert_close(value, expected.reshape(value.shape), rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["permuted", "first_epoch", "signs"])
+@pytest.mark.parametrize("name", ["permuted", "diagonal_matched", "first_epoch", "signs"])
 def test_a_resumed_variant_goes_on_bit_identically(name: str) -> None:
     torch.manual_seed(5)
     model, batches = BERNOULLI.network(bias=True), BERNOULLI.batches(8)
