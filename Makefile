@@ -28,7 +28,7 @@ SCALE ?= $(shell $(BIN)/python -c 'import torch; print("full" if torch.cuda.is_a
 
 .DEFAULT_GOAL := help
 .PHONY: help setup reproduce-figure1 reproduce-figure2 reproduce-figure3 runs-mlp runs-resnet \
-	runs-resnet-control runs-resnet-where-possible sweep-mlp sweep-figures study figure1 figure2 figure3 test lint format benchmark clean
+	runs-resnet-control runs-resnet-where-possible sweep-mlp sweep-figures study study-figures figure1 figure2 figure3 test lint format benchmark clean
 .NOTPARALLEL: # every training uses all cores itself
 
 help: ## list the commands
@@ -81,8 +81,12 @@ sweep-figures: $(READY) ## the grid's table, winners and figures again from the 
 	$(BIN)/python -m experiments.select sweep=paper_grid runs=results
 	$(BIN)/python scripts/plot_sweep.py --records results --output results/figures
 
-study: $(READY) ## train and measure what is missing of the study of the coarse space (hours)
-	$(BIN)/python scripts/run_study.py tracking=$(TRACKING)
+study: $(READY) ## the study of the coarse space: train and measure what is missing (two hours), tables, figures
+	@status=0; $(BIN)/python scripts/run_study.py tracking=$(TRACKING) || status=1; \
+	$(BIN)/python scripts/plot_study.py --records runs --output runs/study && exit $$status
+
+study-figures: $(READY) ## the study's tables and figures again from the committed records
+	$(BIN)/python scripts/plot_study.py --records results/study --output results/study
 
 figure1: $(READY) ## redraw Figure 1 from the committed records, without training
 	$(BIN)/python scripts/plot_figure1.py --records results --reference results --output results/figures $(DRAWN_SCALE)

@@ -1,6 +1,7 @@
 """Copy finished records to where they are committed, packed: python scripts/keep_records.py runs/deep_linear_mlp
 
-Curves are rounded to six significant digits and gzipped. What is there already is left alone.
+Curves, and the tables of the study's measurements, are rounded to six significant digits and gzipped. What is there
+already is left alone.
 """
 
 import argparse
@@ -8,14 +9,19 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from kfac2.figures import RecordError, load_record
+from kfac2.figures.records import CURVES, read_provenance
+
+PACKED = {"method": "gzip", "mtime": 0}  # the same table gives the same bytes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, help="directory of one problem's records, <runs>/<problem>")
+    parser.add_argument("source", type=Path, help="<runs>/<problem>, or <runs>/<measurement>")
     parser.add_argument("--into", type=Path, default=Path("results"), help="default: results")
     arguments = parser.parse_args(argv)
     source = arguments.source
@@ -30,20 +36,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def keep(source: Path, target: Path) -> None:
-    record = load_record(source)
-    if target.exists() or not record.complete:
+    complete = read_provenance(source / "provenance.json")["complete"]
+    if target.exists() or not complete:
         print(f"{source}: {'there already' if target.exists() else 'not finished'}, not copied")
         return
     partial = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    packed = {"method": "gzip", "mtime": 0}  # the same curves give the same bytes
-    record.curves.to_csv(
-        partial / "curves.csv.gz", index=False, float_format="%.6g", na_rep="nan", compression=packed
-    )
+    for name, table in tables_of(source).items():
+        packed = partial / f"{name}.csv.gz"
+        table.to_csv(packed, index=False, float_format="%.6g", na_rep="nan", compression=PACKED)
     shutil.copyfile(source / "provenance.json", partial / "provenance.json")
     partial.rename(target)
     print(f"{target}: copied")
+
+
+def tables_of(source: Path) -> dict[str, pd.DataFrame]:
+    if any((source / name).exists() for name in CURVES):
+        return {"curves": load_record(source).curves}
+    tables = {path.stem: pd.read_csv(path) for path in sorted(source.glob("*.csv"))}
+    if not tables:
+        raise RecordError(f"{source} is marked complete and holds no table")
+    return tables
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from kfac2.figures.sensitivity import sensitivity_figure
 from kfac2.figures.statistics import (
     final_losses,
     paired_difference,
+    paired_ratio,
     seed_interval,
     seed_median,
     seed_table,
@@ -48,6 +49,7 @@ __all__ = [
     "loss_against_seconds",
     "order_table",
     "paired_difference",
+    "paired_ratio",
     "read_grid_table",
     "save_figure",
     "seed_interval",

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from kfac2.figures.long_table import load_records
-from kfac2.figures.markdown import markdown_table, mean_with_interval, number
+from kfac2.figures.markdown import markdown_table, mean_with_interval, number, plain
 from kfac2.figures.records import NoRecordsError, RecordError, read_provenance
 from kfac2.figures.statistics import FINAL_EPOCHS, final_losses, paired_difference, seed_interval
 from kfac2.figures.style import optimizer_styles
@@ -210,7 +210,7 @@ def _optimizer_text(own: pd.DataFrame) -> str:
     settings = [name for name in _setting_names(own) if not all(own[name].isna())]
     header = (*settings, "median", "mean [95% interval]", "diverged", "status")
     rows = [
-        (*(_text(row[name]) for name in settings), *_cells(row), row["status"].replace("|", "\\|"))
+        (*(plain(row[name]) for name in settings), *_cells(row), row["status"].replace("|", "\\|"))
         for row in own.to_dict("records")
     ]
     return markdown_table(header, rows)
@@ -228,8 +228,4 @@ def _setting_names(table: pd.DataFrame) -> list[str]:
 
 
 def _settings_text(row: dict[str, Any], table: pd.DataFrame) -> str:
-    return ", ".join(f"{name} {_text(row[name])}" for name in _setting_names(table) if pd.notna(row[name]))
-
-
-def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float | int) else str(value)
+    return ", ".join(f"{name} {plain(row[name])}" for name in _setting_names(table) if pd.notna(row[name]))

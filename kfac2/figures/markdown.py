@@ -1,6 +1,7 @@
 """Numbers and tables as Markdown text."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -8,6 +9,11 @@ import numpy as np
 def number(value: float, form: str = "{:.4f}") -> str:
     """``-`` for what is not there."""
     return "-" if np.isnan(value) else form.format(value)
+
+
+def plain(value: Any) -> str:
+    """A setting's value: numbers without trailing zeros."""
+    return f"{value:g}" if isinstance(value, float | int) else str(value)
 
 
 def mean_with_interval(mean: float, low: float, high: float, form: str = "{:.4f}") -> str:

@@ -85,6 +85,20 @@ def paired_difference(first: pd.Series, second: pd.Series, confidence: float = 0
     }
 
 
+def paired_ratio(first: pd.Series, second: pd.Series) -> dict[str, float]:
+    """The geometric mean of ``first / second`` over the seeds that both have, paired by seed.
+
+    Args: positive values by seed; a diverged seed's is NaN and leaves the pair out.
+
+    Returns: ``ratio`` with its 95% Student-t interval ``low``, ``high``, mapped back from that of the logarithms, and
+        the number of ``seeds``, and of those at which first is ``below`` second.
+    """
+    pair = paired_difference(first.map(math.log), second.map(math.log))
+    bounds = {bound: math.exp(pair[bound]) for bound in ("low", "high")}
+    below = int((first < second).sum())
+    return {"ratio": math.exp(pair["difference"]), **bounds, "seeds": pair["seeds"], "below": below}
+
+
 def _pivot(curves: pd.DataFrame, metric: str) -> pd.DataFrame:
     return curves.pivot(index="epoch", columns="seed", values=metric).sort_index()
 

@@ -1,0 +1,187 @@
+"""Arms of one experiment beside each other: final losses paired by seed, ν and the correction's length."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kfac2.figures.curves import loss_against_epochs
+from kfac2.figures.figures import set_title
+from kfac2.figures.markdown import markdown_table, mean_with_interval, number
+from kfac2.figures.statistics import (
+    FINAL_EPOCHS,
+    final_losses,
+    paired_difference,
+    paired_ratio,
+    seed_median,
+    seed_table,
+)
+from kfac2.figures.study.drawing import panels, plain_log
+from kfac2.figures.style import OPTIMIZERS, RC, Style
+
+Arms = Mapping[str, pd.DataFrame]
+ONE_LEVEL, FULL = "one level", "full"
+TRACES = {"nu": "ν", "coarse_ratio": "correction / one-level step"}
+COLORS = ("#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F7F7F")
+LINES = ("-.", ":", "-", "--")
+WHENS = ("1", "20", "last")  # the epochs at which it shows these traces
+FINAL = f"Final loss: the mean training loss over the last {FINAL_EPOCHS} epochs."
+EPOCHS = (5, 20)  # the losses that a table shows besides the final one
+
+
+def styles(names: Sequence[str]) -> dict[str, Style]:
+    """One level and the full correction look as they do in every figure."""
+    known = {ONE_LEVEL: OPTIMIZERS["kfac"], FULL: OPTIMIZERS["two_level_kfac"]}
+    others = [name for name in names if name not in known]
+    new = {name: Style(name, COLORS[i % len(COLORS)], LINES[i % len(LINES)]) for i, name in enumerate(others)}
+    return {name: known[name]._replace(label=name) if name in known else new[name] for name in names}
+
+
+def arm_table(arms: Arms, baselines: Sequence[str]) -> pd.DataFrame:
+    """One row per arm.
+
+    ``seeds``, of these ``diverged``; median training loss at ``EPOCHS`` (``epoch_5`` …) and of the final loss
+    (``median``, a diverged seed counting as infinite) with its range over seeds (``lowest``, ``highest``). For each
+    baseline ``b`` the mean of the final losses minus the baseline's, paired by seed, with its 95% interval
+    (``minus_b``, ``minus_b_low``, ``minus_b_high``), the geometric mean of their ratio (``over_b``, …), and in how
+    many (``below_b``) of the pairs (``pairs_b``) the arm ends lower. Medians over seeds of ν and of the length of the
+    correction relative to the one-level step, means over the epochs ``WHENS`` (``nu_1``, ``coarse_ratio_1`` …).
+    """
+    losses = {name: final_losses(curves) for name, curves in arms.items()}
+    return pd.DataFrame([_row(name, arms[name], losses, baselines) for name in arms])
+
+
+def arm_markdown(table: pd.DataFrame, baselines: Sequence[str]) -> str:
+    """The table as text in three parts: losses, comparisons, ν and the correction's length."""
+    rows = table.to_dict("records")
+    header = ["arm", *(f"epoch {epoch}" for epoch in EPOCHS), "final loss, median", "range", "diverged"]
+    cells = [
+        (
+            row["arm"],
+            *(number(row[f"epoch_{epoch}"]) for epoch in EPOCHS),
+            number(row["median"]),
+            f"{number(row['lowest'])}-{number(row['highest'])}",
+            f"{row['diverged']} of {row['seeds']}",
+        )
+        for row in rows
+    ]
+    parts = [markdown_table(header, cells)]
+    header = ["final loss, paired by seed [95% interval]"]
+    for baseline in baselines:
+        header += [f"minus {baseline}", f"ratio to {baseline}", "seeds below"]
+    compared = [
+        (row["arm"], *(cell for baseline in baselines for cell in _comparison_cells(row, baseline)))
+        for row in rows
+    ]
+    parts.append(markdown_table(header, [line for line in compared if set(line[1:]) != {"-"}]))
+    header = ["arm", *(f"{name}, epoch {when}" for name in TRACES.values() for when in WHENS)]
+    cells = [
+        (row["arm"], *(number(row[f"{trace}_{when}"], "{:.3f}") for trace in TRACES for when in WHENS))
+        for row in rows
+    ]
+    return "\n\n".join([*parts, markdown_table(header, cells)])
+
+
+def arms_figure(arms: Arms, title: str, remarks: Sequence[str] = ()) -> Figure:
+    """Four panels: training loss, ratio of the final losses to one level's seed by seed, ν, and the correction's
+    length."""
+    looks = styles(list(arms))
+    with matplotlib.rc_context(RC):
+        figure, ((loss, ratios), (nu, length)) = panels(2, 2)
+        draw_losses(loss, arms, looks)
+        draw_ratios(ratios, arms, looks)
+        draw_trace(nu, arms, looks, "nu")
+        draw_trace(length, arms, looks, "coarse_ratio")
+        set_title(loss, title, *remarks)
+    return figure
+
+
+def draw_losses(axes: Axes, arms: Arms, looks: dict[str, Style]) -> None:
+    frames = [curves.assign(optimizer=name, variant="") for name, curves in arms.items()]
+    loss_against_epochs(axes, pd.concat(frames, ignore_index=True), styles=looks)
+
+
+def draw_ratios(axes: Axes, arms: Arms, looks: dict[str, Style], baseline: str = ONE_LEVEL) -> None:
+    """Final losses relative to the baseline's, a line per arm: a dot per seed, the geometric mean and its 95%
+    interval."""
+    losses = {name: final_losses(curves) for name, curves in arms.items()}
+    base = losses.pop(baseline)
+    names = []
+    for place, (name, own) in enumerate(losses.items()):
+        pair = paired_ratio(own, base)
+        mean, low, high = (pair[key] for key in ("ratio", "low", "high"))
+        color = looks[name].color
+        axes.plot(own / base, np.full(len(own), place - 0.15), ".", color=color, alpha=0.4, markersize=4)
+        axes.errorbar(
+            mean, place + 0.1, xerr=[[mean - low], [high - mean]], fmt="o", color=color, markersize=3.5
+        )
+        diverged = int(own.isna().sum())
+        names.append(f"{name} ({diverged} diverged)" if diverged else name)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    plain_log(axes, "x")
+    axes.set_xlabel(
+        f"final training loss / {baseline}'s\n(geometric mean and 95% interval; dots: seeds)", fontsize=7
+    )
+
+
+def draw_trace(axes: Axes, arms: Arms, looks: dict[str, Style], trace: str) -> None:
+    """The median over seeds of a diagnostic, against epochs; where it is 0 there is no line."""
+    for name, curves in arms.items():
+        if trace not in curves:
+            continue
+        median = seed_table(curves, trace).median(axis=1)
+        shown = median.where(median > 0)
+        marker = "o" if shown.count() == 1 else ""  # a single epoch makes no line
+        look: dict[str, Any] = {
+            "linestyle": looks[name].linestyle,
+            "color": looks[name].color,
+            "marker": marker,
+        }
+        axes.plot(shown, **look, markersize=3)
+    plain_log(axes, "xy")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(f"{TRACES[trace]} (median)")
+
+
+def _row(
+    name: str, curves: pd.DataFrame, losses: Mapping[str, pd.Series], baselines: Sequence[str]
+) -> dict[str, Any]:
+    table = seed_table(curves, "train_loss")
+    own = losses[name]
+    medians = seed_median(table)
+    row: dict[str, Any] = {"arm": name, "seeds": len(own), "diverged": int(own.isna().sum())}
+    row |= {f"epoch_{epoch}": medians.get(epoch, np.nan) for epoch in EPOCHS}
+    counted = own.fillna(np.inf)
+    row |= {"median": counted.median(), "lowest": counted.min(), "highest": counted.max()}
+    for baseline in (each for each in baselines if each != name):
+        row |= _comparison(own, losses[baseline], baseline)
+    for trace in TRACES:
+        values = seed_table(curves, trace).median(axis=1) if trace in curves else pd.Series(dtype=float)
+        for when in WHENS:
+            epoch = max(table.index) if when == "last" else int(when)
+            row[f"{trace}_{when}"] = values.get(epoch, np.nan)
+    return row
+
+
+def _comparison(own: pd.Series, other: pd.Series, baseline: str) -> dict[str, float]:
+    difference, ratio = paired_difference(own, other), paired_ratio(own, other)
+    row: dict[str, float] = {f"pairs_{baseline}": ratio["seeds"], f"below_{baseline}": ratio["below"]}
+    row |= {f"minus_{baseline}": difference["difference"], f"over_{baseline}": ratio["ratio"]}
+    for bound in ("low", "high"):
+        row |= {f"minus_{baseline}_{bound}": difference[bound], f"over_{baseline}_{bound}": ratio[bound]}
+    return row
+
+
+def _comparison_cells(row: Mapping[Any, Any], baseline: str) -> tuple[str, str, str]:
+    if np.isnan(row.get(f"pairs_{baseline}", np.nan)):
+        return "-", "-", "-"
+    below = f"{row[f'below_{baseline}']:.0f} of {row[f'pairs_{baseline}']:.0f}"
+    minus, over = f"minus_{baseline}", f"over_{baseline}"
+    difference = mean_with_interval(row[minus], row[f"{minus}_low"], row[f"{minus}_high"])
+    return difference, mean_with_interval(row[over], row[f"{over}_low"], row[f"{over}_high"], "{:.3f}"), below

@@ -1,0 +1,167 @@
+"""How close directions come to the exact natural gradient: tables and figure of the microscope's records."""
+
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kfac2.figures.curves import add_legend
+from kfac2.figures.figures import set_title
+from kfac2.figures.markdown import markdown_table, mean_with_interval, number
+from kfac2.figures.statistics import seed_interval
+from kfac2.figures.study.drawing import draw_line, plain_log
+from kfac2.figures.style import OPTIMIZERS, PANEL_SIZE, RC, Style
+
+DIRECTIONS = {
+    "none": Style("SGD (the gradient)", OPTIMIZERS["sgd"].color, ":"),
+    "one_level": Style("one level", OPTIMIZERS["kfac"].color, "--"),
+    "two_level": Style("two levels", OPTIMIZERS["two_level_kfac"].color, "-"),
+    "block_diagonal": Style("exact block diagonal", "#000000", "-."),
+    "true_coarse": Style("two levels, true Z F Zᵀ", "#E69F00", "-"),
+    "galerkin": Style("one level + Galerkin", "#CC79A7", "-"),
+    "deflated": Style("deflated", "#009E73", "--"),
+}
+MATRICES = {
+    "true": Style("true Z F Zᵀ", "#000000", "-"),
+    "kronecker": Style("Kronecker", OPTIMIZERS["two_level_kfac"].color, "--"),
+    "exact": Style('"exact"', "#009E73", ":"),
+}
+STATISTICS = {"batch": "through batch statistics", "frozen": "statistics as constants"}
+ERRORS = ("error", "scaled_error", "cosine")
+EPOCH_GAP = 0.4  # on the axis of the epochs, on which 0 must have a place
+
+
+def over_seeds(table: pd.DataFrame, keys: list[str], value: str) -> pd.DataFrame:
+    """Mean of ``value`` over seeds with its 95% Student-t interval, for each combination of ``keys``."""
+    wide = table.pivot(index=keys, columns="seed", values=value)
+    return seed_interval_of_rows(wide).reset_index()
+
+
+def seed_interval_of_rows(wide: pd.DataFrame) -> pd.DataFrame:
+    """``seed_interval`` of rows that are not epochs: each for itself."""
+    rows = [seed_interval(row.to_frame().T).iloc[0] for _, row in wide.iterrows()]
+    return pd.DataFrame(rows).set_axis(wide.index)
+
+
+def direction_table(directions: pd.DataFrame) -> pd.DataFrame:
+    """Per (statistics, epoch, direction) the mean of each of ``ERRORS`` with its interval (``_low``, ``_high``), and
+    of ``pcg_iterations``."""
+    keys = ["statistics", "epoch", "direction"]
+    parts = []
+    for value in (*ERRORS, "pcg_iterations"):
+        part = over_seeds(directions, keys, value).set_index(keys)[["mean", "low", "high"]]
+        parts.append(part.set_axis([value, f"{value}_low", f"{value}_high"], axis=1))
+    return pd.concat(parts, axis=1).reset_index()
+
+
+def paired_change(directions: pd.DataFrame, value: str) -> pd.DataFrame:
+    """Two levels minus one level of ``value``, paired by seed, per (statistics, epoch), with its interval."""
+    wide = directions.pivot(index=["statistics", "epoch", "seed"], columns="direction", values=value)
+    change = wide.assign(**{value: wide["two_level"] - wide["one_level"]})[value].reset_index()
+    return over_seeds(change, ["statistics", "epoch"], value)
+
+
+def direction_markdown(table: pd.DataFrame, statistics: str) -> str:
+    own = table.loc[table["statistics"] == statistics].set_index(["epoch", "direction"])
+    rows = []
+    for epoch in sorted(set(own.index.get_level_values("epoch"))):
+        for name, style in DIRECTIONS.items():
+            row = own.loc[(epoch, name)]
+            rows.append(
+                (str(epoch), style.label, *_error_cells(row), number(row["pcg_iterations"], "{:.0f}"))
+            )
+    header = (
+        "epoch",
+        "direction",
+        "error",
+        "error at the best length [95% interval]",
+        "cosine",
+        "PCG iterations",
+    )
+    return markdown_table(header, rows)
+
+
+def change_markdown(directions: pd.DataFrame) -> str:
+    """What the correction does to the direction of one level, seed by seed."""
+    changes = {
+        value: paired_change(directions, value) for value in ("scaled_error", "cosine", "pcg_iterations")
+    }
+    rows = []
+    for same_place in zip(*(change.to_dict("records") for change in changes.values()), strict=True):
+        cells = [STATISTICS[same_place[0]["statistics"]], str(same_place[0]["epoch"])]
+        for value, row in zip(changes, same_place, strict=True):
+            cells.append(_interval(row, "{:.1f}" if value == "pcg_iterations" else "{:.4f}"))
+        rows.append(cells)
+    header = ("Fisher", "epoch", "error at the best length", "cosine", "PCG iterations")
+    return markdown_table(header, rows)
+
+
+def coarse_markdown(coarse: pd.DataFrame, groups: list[str], names: dict[str, str]) -> str:
+    """Means over seeds of a coarse matrix's numbers, for each combination of ``groups`` and matrix."""
+    keys = [*groups, "matrix"]
+    parts = [over_seeds(coarse, keys, value) for value in names]
+    forms = ["{:.3g}" if max(part["mean"]) > 10 else "{:.3f}" for part in parts]
+    rows = []
+    for same_place in zip(*(part.to_dict("records") for part in parts), strict=True):
+        cells = [str(same_place[0][key]) for key in keys]
+        rows.append(cells + [_interval(row, form) for row, form in zip(same_place, forms, strict=True)])
+    return markdown_table([*keys, *(f"{name} [95% interval]" for name in names.values())], rows)
+
+
+def microscope_figure(directions: pd.DataFrame, spectrum: pd.DataFrame, title: str, epoch: int) -> Figure:
+    """Six panels, by row the Fisher with and without the coupling through batch statistics: the error at the best
+    length, PCG iterations, and the spectra of the coarse matrices at ``epoch``."""
+    width, height = PANEL_SIZE
+    table = direction_table(directions)
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=(3 * width, 2.15 * height), layout="constrained")
+        for statistics, (error, pcg, values) in zip(STATISTICS, figure.subplots(2, 3), strict=True):
+            own = table.loc[table["statistics"] == statistics]
+            _draw_over_epochs(error, own, "scaled_error")
+            _draw_over_epochs(pcg, own, "pcg_iterations")
+            plain_log(pcg, "y")
+            _draw_spectra(values, spectrum.query("statistics == @statistics and epoch == @epoch"))
+            set_title(error, title, STATISTICS[statistics])
+            set_title(values, f"coarse Fisher, epoch {epoch}")
+            error.set_ylabel("error at the best length, F_λ norm")
+            pcg.set_ylabel("PCG iterations")
+            if statistics == "frozen":
+                add_legend(error, "mean and 95% interval over seeds", columns=2)
+                add_legend(values, "median over seeds", columns=2)
+    return figure
+
+
+def _draw_over_epochs(axes: Axes, table: pd.DataFrame, value: str) -> None:
+    epochs = sorted(set(table["epoch"]))
+    place = {epoch: max(epoch, EPOCH_GAP) for epoch in epochs}
+    for number_, (name, style) in enumerate(DIRECTIONS.items()):
+        own = table.loc[(table["direction"] == name) & table[value].notna()].sort_values("epoch")
+        if own.empty:
+            continue
+        x = own["epoch"].map(place) * 1.03 ** (number_ - len(DIRECTIONS) / 2)
+        draw_line(axes, x, own[value], own[f"{value}_low"], own[f"{value}_high"], style)
+    axes.set_xscale("log")
+    axes.set_xticks(list(place.values()), [str(epoch) for epoch in epochs])
+    axes.minorticks_off()
+    axes.set_xlabel("epoch")
+
+
+def _draw_spectra(axes: Axes, spectrum: pd.DataFrame) -> None:
+    for name, style in MATRICES.items():
+        own = spectrum.loc[spectrum["matrix"] == name]
+        median = own.groupby("place")["eigenvalue"].median()
+        axes.plot(median.where(median > 0), style.linestyle, color=style.color, label=style.label)
+    axes.set_yscale("log")
+    axes.set_xlabel("place of the eigenvalue")
+    axes.set_ylabel("eigenvalue")
+
+
+def _interval(row: dict[Any, Any], form: str) -> str:
+    return mean_with_interval(row["mean"], row["low"], row["high"], form)
+
+
+def _error_cells(row: Any) -> tuple[str, str, str]:
+    scaled = mean_with_interval(row["scaled_error"], row["scaled_error_low"], row["scaled_error_high"])
+    return number(row["error"], "{:.3g}"), scaled, number(row["cosine"], "{:.3f}")

@@ -1,0 +1,115 @@
+"""The figures of single questions, from their tables."""
+
+from collections.abc import Mapping
+
+import matplotlib
+import pandas as pd
+from matplotlib.figure import Figure
+
+from kfac2.figures.curves import add_legend, loss_against_seconds
+from kfac2.figures.figures import set_title
+from kfac2.figures.study.arms import Arms, draw_losses, draw_ratios, draw_trace, styles
+from kfac2.figures.study.drawing import draw_line, only_these, panels, plain_log
+from kfac2.figures.study.records import labels
+from kfac2.figures.style import OPTIMIZERS, RC, Style
+
+MLP = "64-layer linear MLP"
+
+
+def damping_figure(lines: Mapping[str, pd.DataFrame], shown: Arms) -> Figure:
+    """Four panels: final loss against the weight, curves, ν and the correction's length at weight 1.
+
+    Args:
+        lines: ``line_table``s by ``weight``.
+        shown: the trainings whose curves are drawn, by the names of ``lines``.
+    """
+    with matplotlib.rc_context(RC):
+        figure, ((loss, curves), (nu, ratio)) = panels(2, 2)
+        looks = styles(list(lines))
+        for name, table in lines.items():
+            draw_line(loss, table["weight"], table["median"], table["lowest"], table["highest"], looks[name])
+        plain_log(loss, "y")
+        loss.set_xlabel("weight of the correction (0: one level)")
+        loss.set_ylabel("final training loss")
+        add_legend(loss, "median and range over 10 seeds", columns=1)
+        set_title(loss, f"{MLP}, the paper's settings")
+        draw_losses(curves, shown, looks)
+        set_title(curves, "weight 1")
+        draw_trace(nu, shown, looks, "nu")
+        draw_trace(ratio, shown, looks, "coarse_ratio")
+    return figure
+
+
+def tuning_figure(tables: Mapping[str, pd.DataFrame], arms: Arms, variants: Arms) -> Figure:
+    """Four panels: final loss against η, the variants' final losses, each line's best against epochs and seconds.
+
+    Args:
+        tables: three ``line_table``s by ``lr``: one level, two levels, two levels at one level's settings.
+        arms: each line's best, in their order.
+        variants: trainings that differ in the coarse space, one level among them.
+    """
+    colors = (OPTIMIZERS["kfac"], OPTIMIZERS["two_level_kfac"], Style("", "#009E73", "-."))
+    looks = {name: style._replace(label=name) for name, style in zip(tables, colors, strict=True)}
+    of_arms = {arm: looks[name]._replace(label=arm) for arm, name in zip(arms, tables, strict=True)}
+    with matplotlib.rc_context(RC):
+        figure, ((line, ratios), (epochs, seconds)) = panels(2, 2)
+        for name, table in tables.items():
+            draw_line(line, table["lr"], table["median"], table["lowest"], table["highest"], looks[name])
+        plain_log(line, "xy")
+        line.set_xlabel("learning rate η")
+        line.set_ylabel("final training loss")
+        add_legend(line, "median and range over 10 seeds", columns=1)
+        set_title(line, MLP, "other settings: winners of the grid")
+        draw_ratios(ratios, variants, styles(list(variants)))
+        set_title(ratios, "variants at the settings that", "won the grid for one level")
+        draw_losses(epochs, arms, of_arms)
+        frames = [curves.assign(optimizer=name, variant="") for name, curves in arms.items()]
+        loss_against_seconds(seconds, pd.concat(frames, ignore_index=True), styles=of_arms)
+    return figure
+
+
+def depth_figure(table: pd.DataFrame) -> Figure:
+    """Two panels: ratio of the final losses against depth, and the losses. ``table``: a ``ratio_row`` per ``net``
+    and ``depth``."""
+    looks = styles(list(dict.fromkeys(table["net"])))
+    with matplotlib.rc_context(RC):
+        figure, ((ratio, loss),) = panels(1, 2)
+        for name, style in looks.items():
+            own = table.loc[table["net"] == name]
+            draw_line(ratio, own["depth"], own["ratio"], own["low"], own["high"], style)
+            loss.plot(own["depth"], own["second_median"], "--", color=style.color, marker="o", markersize=3)
+            loss.plot(own["depth"], own["first_median"], "-", color=style.color, marker="s", markersize=3)
+        ratio.axhline(1, color="black", linewidth=0.8)
+        for axes in (ratio, loss):
+            plain_log(axes, "xy")
+            only_these(axes, sorted(set(table["depth"])))
+            axes.set_xlabel("depth")
+        ratio.set_ylabel("final loss, two levels / one level")
+        loss.set_ylabel("final training loss, median")
+        add_legend(ratio, "geometric mean and 95% interval, 5 seeds", columns=2)
+        set_title(ratio, "the paper's settings, 40 epochs")
+        set_title(loss, "dashed: one level, solid: two levels")
+    return figure
+
+
+def convolutions_figure(coarse: pd.DataFrame, numbers: Mapping[str, str]) -> Figure:
+    """Three of the ``numbers`` (headings by column) of the Kronecker and the exact coarse Fisher against epochs."""
+    looks = {
+        "kronecker": Style("Kronecker", OPTIMIZERS["two_level_kfac"].color, "--"),
+        "exact": Style("exact", "#009E73", "-"),
+    }
+    with matplotlib.rc_context(RC):
+        figure, (row,) = panels(1, 3)
+        for axes, value in zip(
+            row, ("normalised_off_diagonal", "distance", "negative_eigenvalues"), strict=True
+        ):
+            for name, style in looks.items():
+                wide = coarse.loc[coarse["matrix"] == name].pivot(index="epoch", columns="seed", values=value)
+                axes.plot(wide, style.linestyle, color=style.color, alpha=0.25, linewidth=0.8)
+                axes.plot(wide.mean(axis=1), style.linestyle, color=style.color, label=style.label)
+            axes.set_xlabel("epoch")
+            axes.set_ylabel(numbers[value])
+            axes.set_ylim(bottom=0)
+        add_legend(row[0], "mean, and the single seeds", columns=2)
+        set_title(row[0], "ResNet20 on CIFAR10", *labels([coarse]))
+    return figure

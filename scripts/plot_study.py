@@ -1,0 +1,41 @@
+"""Tables and figures of the study's eight questions from its records, as far as there are records."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from kfac2.figures import NoRecordsError, RecordError, save_figure
+from kfac2.figures.study.questions import QUESTIONS
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--records", type=Path, default=Path("runs"), help="directory of the records")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/study"), help="of tables.md and the figures"
+    )
+    arguments = parser.parse_args(argv)
+    sections, missing = [], []
+    for number, question in enumerate(QUESTIONS, start=1):
+        heading = f"## {number}. {question.title}"
+        try:
+            answer = question.answer(arguments.records)
+        except NoRecordsError as error:
+            missing.append(number)
+            sections.append(f"{heading}\n\nNot answered: {error}.")
+            print(f"question {number}: {error}")
+            continue
+        except RecordError as error:
+            raise SystemExit(f"error: {error}") from None
+        sections.append(f"{heading}\n\n![{question.title}]({question.name}.png)\n\n{answer.text}")
+        print("wrote", ", ".join(map(str, save_figure(answer.figure, arguments.output, question.name))))
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    tables = arguments.output / "tables.md"
+    tables.write_text("\n\n".join(["# The study's tables", *sections]) + "\n", encoding="utf-8")
+    print(f"wrote {tables}")
+    if missing:
+        raise SystemExit(f"error: without records: question {', '.join(map(str, missing))}; make study")
+
+
+if __name__ == "__main__":
+    main()

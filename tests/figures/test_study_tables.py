@@ -1,0 +1,195 @@
+"""The study's tables: which records belong to which arm, and numbers that can be checked by hand."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kfac2.figures import NoRecordsError, RecordError
+from kfac2.figures.statistics import paired_ratio
+from kfac2.figures.study.arms import FULL, ONE_LEVEL, arm_markdown, arm_table, arms_figure
+from kfac2.figures.study.lines import best_of, goal_table, good_region, line_table, ratio_row
+from kfac2.figures.study.microscope import change_markdown, direction_table, over_seeds
+from kfac2.figures.study.records import choose, labels, load_measurement, load_trainings
+
+Write = Callable[..., Path]
+
+
+def training_of(losses: dict[int, list[float]], **columns: Any) -> pd.DataFrame:
+    """Curves with these losses by seed, as ``load_records`` returns them."""
+    rows = [
+        {"seed": seed, "epoch": epoch, "train_loss": loss, "seconds": 2.0 * epoch, "replicas": len(losses)}
+        for seed, values in losses.items()
+        for epoch, loss in enumerate(values, start=1)
+    ]
+    return pd.DataFrame(rows).assign(**{"label": "", **columns})
+
+
+def constant(**losses: float) -> pd.DataFrame:
+    """Seeds 0, 1, … each at one loss for six epochs."""
+    return training_of({seed: [loss] * 6 for seed, loss in enumerate(losses.values())})
+
+
+@pytest.fixture
+def write_training(write_record: Write) -> Write:
+    def write(optimizer: str, variant: str = "paper", **settings: Any) -> Path:
+        own = {"name": optimizer, "lr": 1e-3, "momentum": 0.9, "damping": 1e-2, "kl_clip": 1e-3} | settings
+        problem = {"name": "deep_linear_mlp", "depth": 64, "batch_norm": True, "activation": "identity"}
+        config = {"problem": problem, "optimizer": own, "training": {"epochs": 6}, "seeds": [0, 1]}
+        return write_record(optimizer, variant=variant, seeds=[0, 1], epochs=6, config=config)
+
+    return write
+
+
+def test_trainings_have_their_settings(write_training: Write, write_record: Write, tmp_path: Path) -> None:
+    write_training("kfac")
+    write_training("kfac", "kl_clip=None", kl_clip=None)
+    write_training("two_level_kfac", coarse_weight=0.5)
+    write_training("two_level_variant", "coarse=diagonal", coarse_weight=1.0, coarse="diagonal")
+    write_record("sgd", epochs=6)  # not the study's
+    write_record("kfac", variant="lr=1", complete=False)
+    trainings = load_trainings(tmp_path / "runs")
+    names = trainings.drop_duplicates(["optimizer", "variant"])
+    found = names[["optimizer", "coarse", "coarse_weight", "kl_clip"]].to_numpy().tolist()
+    assert found == [
+        ["kfac", "none", 0.0, math.inf],
+        ["kfac", "none", 0.0, 1e-3],
+        ["two_level_kfac", "full", 0.5, 1e-3],
+        ["two_level_variant", "diagonal", 1.0, 1e-3],
+    ]
+    chosen = choose(trainings, optimizer="kfac", kl_clip=math.inf, depth=64, replicas=2)
+    assert set(chosen["variant"]) == {"kl_clip=None"}
+    with pytest.raises(NoRecordsError, match=r"no finished training with coarse=permuted.*make study"):
+        choose(trainings, coarse="permuted")
+    with pytest.raises(
+        RecordError, match=r"several trainings with optimizer=kfac: kfac/kl_clip=None; kfac/paper"
+    ):
+        choose(trainings, optimizer="kfac")
+
+
+def test_no_trainings(tmp_path: Path) -> None:
+    with pytest.raises(NoRecordsError, match="make study"):
+        load_trainings(tmp_path)
+
+
+def test_the_ratio_is_that_of_logarithms() -> None:
+    first, second = pd.Series({0: 1.0, 1: 4.0, 2: math.nan}), pd.Series({0: 2.0, 1: 2.0, 2: 5.0})
+    pair = paired_ratio(first, second)
+    assert pair["ratio"] == pytest.approx(1)  # of 1/2 and 2
+    assert pair["low"] == pytest.approx(1 / pair["high"])
+    assert math.log(pair["high"]) == pytest.approx(
+        12.706 * math.log(2), rel=1e-3
+    )  # t of one degree of freedom
+    assert (pair["seeds"], pair["below"]) == (2, 1)
+
+
+def test_the_table_of_arms() -> None:
+    arms = {
+        ONE_LEVEL: constant(a=0.2, b=0.4, c=0.3),
+        FULL: constant(a=0.1, b=0.2, c=math.nan).assign(nu=0.5, coarse_ratio=[*[1.0] * 6, *[3.0] * 12]),
+    }
+    table = arm_table(arms, [ONE_LEVEL]).set_index("arm")
+    full = table.loc[FULL]
+    assert (full["seeds"], full["diverged"], full["median"], full["highest"]) == (3, 1, 0.2, math.inf)
+    assert full["minus_one level"] == pytest.approx(-0.15)
+    assert full["over_one level"] == pytest.approx(0.5)
+    assert (full["below_one level"], full["pairs_one level"]) == (2, 2)
+    assert (full["nu_1"], full["coarse_ratio_last"]) == (0.5, 2.0)  # the median over the two seeds alive
+    assert np.isnan(table.loc[ONE_LEVEL, "over_one level"])
+    assert np.isnan(table.loc[ONE_LEVEL, "coarse_ratio_1"])
+    text = arm_markdown(arm_table(arms, [ONE_LEVEL]), [ONE_LEVEL])
+    assert "1 of 3" in text
+    assert "0.500 [0.500, 0.500]" in text
+
+
+def test_the_figure_says_how_many_seeds_diverged() -> None:
+    arms = {ONE_LEVEL: constant(a=0.2, b=0.4), FULL: constant(a=0.1, b=math.nan)}
+    arms = {name: curves.assign(nu=0.5, coarse_ratio=0.0) for name, curves in arms.items()}
+    figure = arms_figure(arms, "title", ["a preview"])
+    assert "a preview" in figure.axes[0].get_title()
+    assert [tick.get_text() for tick in figure.axes[1].get_yticklabels()] == ["full (1 diverged)"]
+    assert "full (1 of 2 seeds diverged)" in str(
+        [t.get_text() for t in figure.axes[0].get_legend().get_texts()]
+    )
+
+
+def test_a_line_s_good_region_and_its_best() -> None:
+    line = {
+        0.1: constant(a=1.0, b=1.0),
+        0.3: constant(a=0.52, b=0.55),
+        1.0: constant(a=0.4, b=0.6),
+        3.0: constant(a=0.1, b=math.nan),
+    }
+    table = line_table(line, "lr")
+    assert table["median"].tolist() == [1.0, 0.535, 0.5, math.inf]  # the diverged seed counts as infinite
+    assert good_region(table, "lr") == [0.3, 1.0]
+    assert good_region(table, "lr", best=0.4) == []
+    assert best_of(line, range(2)) == 1.0
+    assert best_of(line, range(1, 2)) == 0.3
+
+
+def test_time_to_a_goal() -> None:
+    arms = {
+        "fast": training_of({0: [0.2, 0.04, 0.2], 1: [0.2, 0.2, 0.04], 2: [0.04, 0.3, 0.3]}),
+        "never": training_of({0: [0.2, 0.2], 1: [0.04, 0.04], 2: [0.2, 0.2]}),
+    }
+    table = goal_table(arms).set_index("arm")
+    assert (table.loc["fast", "epoch_0.05"], table.loc["fast", "seconds_0.05"]) == (2, 4.0)
+    assert table.loc["never", "epoch_0.04"] == math.inf
+
+
+def test_a_ratio_of_trainings() -> None:
+    row = ratio_row(constant(a=0.1, b=math.nan), constant(a=0.2, b=0.3))
+    assert row["ratio"] == pytest.approx(0.5)
+    assert (row["first_diverged"], row["second_diverged"]) == (1, 0)
+    assert row["second_median"] == pytest.approx(0.25)
+
+
+def directions() -> pd.DataFrame:
+    rows = [
+        {"seed": seed, "epoch": epoch, "statistics": "batch", "direction": name, "error": error + seed}
+        | {"scaled_error": error + seed, "cosine": 0.5, "pcg_iterations": 10}
+        for seed in range(3)
+        for epoch in (0, 1)
+        for name, error in (("one_level", 0.5), ("two_level", 0.25 * epoch))
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_directions_over_seeds() -> None:
+    table = direction_table(directions()).set_index(["statistics", "epoch", "direction"])
+    row = table.loc[("batch", 1, "two_level")]
+    assert row["error"] == pytest.approx(1.25)
+    assert row["error_high"] - row["error"] == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
+    interval = over_seeds(directions(), ["statistics", "epoch", "direction"], "cosine")
+    assert set(interval["mean"]) == {0.5}
+    text = change_markdown(directions())
+    assert "-0.5000 [-0.5000, -0.5000]" in text
+    assert "-0.2500 [-0.2500, -0.2500]" in text
+
+
+def write_measurement(path: Path, complete: bool = True, label: str | None = "preview") -> None:
+    path.mkdir(parents=True)
+    pd.DataFrame({"seed": [1], "distance": [0.5]}).to_csv(path / "coarse.csv", index=False)
+    (path / "provenance.json").write_text(json.dumps({"complete": complete, "label": label}))
+
+
+def test_measurements(tmp_path: Path) -> None:
+    home = tmp_path / "microscope" / "kfac"
+    write_measurement(home / "paper" / "seed=1")
+    write_measurement(home / "paper" / "seed=2", complete=False)
+    frame = load_measurement(tmp_path, "microscope", "kfac", "coarse")
+    assert frame["distance"].tolist() == [0.5]
+    assert labels([frame]) == ["preview"]
+    with pytest.raises(NoRecordsError, match="make study"):
+        load_measurement(tmp_path, "microscope", "sgd", "coarse")
+    with pytest.raises(RecordError, match=r"spectrum\.csv does not exist, although"):
+        load_measurement(tmp_path, "microscope", "kfac", "spectrum")
+    (home / "paper" / "seed=1" / "coarse.csv").write_text("")
+    with pytest.raises(RecordError, match="is damaged"):
+        load_measurement(tmp_path, "microscope", "kfac", "coarse")
