@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 
 from kfac2.figures import RecordError, load_record, load_records
+from kfac2.figures.study.records import load_measurement
+from tests.figures.conftest import write_files
 
 Write = Callable[..., Path]
 ROOT = Path(__file__).parents[2]
@@ -80,3 +82,23 @@ def test_packed_curves_that_were_cut_off_before_packing(write_record: Write, tmp
 def test_no_records_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no records in"):
         keep(tmp_path)
+
+
+def test_a_measurement_s_tables_are_packed(tmp_path: Path) -> None:
+    source = tmp_path / "runs" / "microscope" / "kfac" / "paper" / "seed=1"
+    write_files(source, pd.DataFrame(), {"complete": True, "label": None})
+    (source / "curves.csv").unlink()
+    pd.DataFrame({"seed": [1], "distance": [1 / 3]}).to_csv(source / "coarse.csv", index=False)
+    pd.DataFrame({"seed": [1], "eigenvalue": [float("nan")]}).to_csv(source / "spectrum.csv", index=False)
+    keep(tmp_path, "microscope")
+    coarse = load_measurement(tmp_path / "results", "microscope", "kfac", "coarse")
+    assert coarse["distance"].tolist() == [0.333333]
+    assert load_measurement(tmp_path / "results", "microscope", "kfac", "spectrum")["eigenvalue"].isna().all()
+
+
+def test_a_finished_record_without_a_table_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "runs" / "microscope" / "kfac" / "paper" / "seed=1"
+    write_files(source, pd.DataFrame(), {"complete": True})
+    (source / "curves.csv").unlink()
+    with pytest.raises(SystemExit, match="is marked complete and holds no table"):
+        keep(tmp_path, "microscope")
