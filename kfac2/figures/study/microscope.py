@@ -28,7 +28,7 @@ MATRICES = {
     "kronecker": Style("Kronecker", OPTIMIZERS["two_level_kfac"].color, "--"),
     "exact": Style('"exact"', "#009E73", ":"),
 }
-STATISTICS = {"batch": "through batch statistics", "frozen": "statistics as constants"}
+STATISTICS = {"batch": "through batch statistics", "frozen": "with statistics as constants"}
 ERRORS = ("error", "scaled_error", "cosine")
 EPOCH_GAP = 0.4  # on the axis of the epochs, on which 0 must have a place
 
@@ -110,9 +110,27 @@ def coarse_markdown(coarse: pd.DataFrame, groups: list[str], names: dict[str, st
     return markdown_table([*keys, *(f"{name} [95% interval]" for name in names.values())], rows)
 
 
-def microscope_figure(directions: pd.DataFrame, spectrum: pd.DataFrame, title: str, epoch: int) -> Figure:
+def spectrum_markdown(spectrum: pd.DataFrame, damping: float) -> str:
+    """Of each coarse matrix how many eigenvalues are below the damping, and the largest: medians over seeds."""
+    keys = ["statistics", "epoch", "matrix"]
+    eigenvalues = spectrum.assign(below=spectrum["eigenvalue"] < damping).groupby([*keys, "seed"])
+    by_seed = eigenvalues.agg(count=("below", "size"), below=("below", "sum"), largest=("eigenvalue", "max"))
+    rows = [
+        (
+            *(str(row[key]) for key in keys),
+            f"{row['below']:.0f} of {row['count']:.0f}",
+            f"{row['largest']:.3g}",
+        )
+        for row in by_seed.groupby(keys).median().reset_index().to_dict("records")
+    ]
+    return markdown_table((*keys, f"eigenvalues below λ = {damping:g}", "largest"), rows)
+
+
+def microscope_figure(
+    directions: pd.DataFrame, spectrum: pd.DataFrame, title: str, epoch: int, damping: float
+) -> Figure:
     """Six panels, by row the Fisher with and without the coupling through batch statistics: the error at the best
-    length, PCG iterations, and the spectra of the coarse matrices at ``epoch``."""
+    length, PCG iterations, and the spectra of the coarse matrices at ``epoch`` beside the damping."""
     width, height = PANEL_SIZE
     table = direction_table(directions)
     with matplotlib.rc_context(RC):
@@ -123,6 +141,7 @@ def microscope_figure(directions: pd.DataFrame, spectrum: pd.DataFrame, title: s
             _draw_over_epochs(pcg, own, "pcg_iterations")
             plain_log(pcg, "y")
             _draw_spectra(values, spectrum.query("statistics == @statistics and epoch == @epoch"))
+            values.axhline(damping, color="grey", linewidth=0.8, label="damping λ")
             set_title(error, title, STATISTICS[statistics])
             set_title(values, f"coarse Fisher, epoch {epoch}")
             error.set_ylabel("error at the best length, F_λ norm")

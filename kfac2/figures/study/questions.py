@@ -29,6 +29,7 @@ from kfac2.figures.study.microscope import (
     direction_markdown,
     direction_table,
     microscope_figure,
+    spectrum_markdown,
 )
 from kfac2.figures.study.question_figures import (
     MLP,
@@ -159,29 +160,14 @@ def microscope(root: Path) -> Answer:
         "Error: ‖v - x‖ / ‖x‖ in the F_λ norm, x = F_λ⁻¹ g; at the best length: of the best multiple of v. PCG "
         "iterations: on F_λ x = g to a residual of 1e-6; 5000 means not reached. Means over 10 seeds."
     ]
-    for group, trained in (("kfac", "one level"), ("two_level_kfac", "two levels")):
-        tables = {
-            name: load_measurement(root, "microscope", group, name) for name in ("directions", "coarse")
-        }
-        table = direction_table(tables["directions"])
-        parts.append(f"### Along the training by {trained}")
-        for statistics, what in STATISTICS.items():
-            parts += [f"The Fisher {what}:", direction_markdown(table, statistics)]
-        numbers = {
-            "distance": "distance to Z F Zᵀ",
-            "normalised_off_diagonal": "off-diagonal share, normalised",
-        }
-        numbers |= {"off_diagonal": "off-diagonal share", "condition": "condition number"}
-        parts += [
-            "Two levels minus one level, paired by seed [95% interval]:",
-            change_markdown(tables["directions"]),
-        ]
-        parts += ["Coarse matrices:", coarse_markdown(tables["coarse"], ["statistics", "epoch"], numbers)]
-    directions = load_measurement(root, "microscope", "kfac", "directions")
-    spectrum = load_measurement(root, "microscope", "kfac", "spectrum")
-    return Answer(
-        "\n\n".join(parts), microscope_figure(directions, spectrum, f"{MLP}, trained by one level", 5)
+    parts += _microscope_parts(root, "kfac", "one level")
+    parts += _microscope_parts(root, "two_level_kfac", "two levels")
+    directions, spectrum = (
+        load_measurement(root, "microscope", "kfac", name) for name in ("directions", "spectrum")
     )
+    title = f"{MLP}, trained by one level"
+    figure = microscope_figure(directions, spectrum, title, 5, PAPER["damping"])
+    return Answer("\n\n".join(parts), figure)
 
 
 def convolutions(root: Path) -> Answer:
@@ -191,7 +177,6 @@ def convolutions(root: Path) -> Answer:
         "off_diagonal": "off-diagonal share",
         "distance": "distance to exact",
         "negative_eigenvalues": "negative eigenvalues",
-        "condition": "condition number",
     }
     parts = [f"**{label}**" for label in labels([coarse])]
     parts.append(coarse_markdown(coarse, ["epoch"], numbers))
@@ -216,6 +201,24 @@ QUESTIONS = (
     Question("q7_microscope", "The Fisher microscope", microscope),
     Question("q8_convolutions", "Convolutions", convolutions),
 )
+
+
+def _microscope_parts(root: Path, group: str, trained: str) -> list[str]:
+    directions, coarse, spectrum = (
+        load_measurement(root, "microscope", group, name) for name in ("directions", "coarse", "spectrum")
+    )
+    table = direction_table(directions)
+    numbers = {
+        "distance": "distance to Z F Zᵀ",
+        "normalised_off_diagonal": "off-diagonal share, normalised",
+        "off_diagonal": "off-diagonal share",
+    }
+    parts = [f"### Along the training by {trained}"]
+    for statistics, what in STATISTICS.items():
+        parts += [f"The Fisher {what}:", direction_markdown(table, statistics)]
+    parts += ["Two levels minus one level, paired by seed [95% interval]:", change_markdown(directions)]
+    parts += ["Coarse matrices:", coarse_markdown(coarse, ["statistics", "epoch"], numbers)]
+    return [*parts, spectrum_markdown(spectrum, PAPER["damping"])]
 
 
 def _variants(trainings: pd.DataFrame, settings: Mapping[str, Any], variants: Mapping[str, str]) -> Arms:
