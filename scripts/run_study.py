@@ -16,6 +16,7 @@ STEPS: list[tuple[str, list[str]]] = [
     (TRAIN, ["sweep=study_one_level", "optimizer=kfac"]),
     (TRAIN, ["sweep=study_variants", "optimizer=two_level_variant"]),
     (TRAIN, ["sweep=study_damping", "optimizer=two_level_variant"]),
+    *[(TRAIN, ["sweep=study_lambda", f"optimizer={name}"]) for name in ("kfac", "two_level_kfac")],
     (TRAIN, ["sweep=study_rates", "optimizer=kfac", BEST.format("kfac")]),
     (TRAIN, ["sweep=study_rates", "optimizer=two_level_kfac", BEST.format("two_level_kfac")]),
     (TRAIN, ["sweep=study_rates", "optimizer=two_level_kfac", BEST.format("kfac")]),

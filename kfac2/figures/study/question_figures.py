@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import matplotlib
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kfac2.figures.curves import add_legend, loss_against_seconds
@@ -16,27 +17,35 @@ from kfac2.figures.style import OPTIMIZERS, RC, Style
 MLP = "64-layer linear MLP"
 
 
-def damping_figure(lines: Mapping[str, pd.DataFrame], shown: Arms) -> Figure:
-    """Four panels: final loss against the weight, curves, ν and the correction's length at weight 1.
+def damping_figure(
+    weights: Mapping[str, pd.DataFrame], lambdas: Mapping[str, pd.DataFrame], shown: Arms
+) -> Figure:
+    """Four panels: final loss against the correction's weight and against λ, ν and the correction's length.
 
     Args:
-        lines: ``line_table``s by ``weight``.
-        shown: the trainings whose curves are drawn, by the names of ``lines``.
+        weights: ``line_table``s by ``weight``.
+        lambdas: ``line_table``s by ``damping`` of one level and of two levels.
+        shown: the trainings whose diagnostics are drawn, by the names of ``weights``.
     """
+    looks = styles(list(weights))
     with matplotlib.rc_context(RC):
-        figure, ((loss, curves), (nu, ratio)) = panels(2, 2)
-        looks = styles(list(lines))
-        for name, table in lines.items():
-            draw_line(loss, table["weight"], table["median"], table["lowest"], table["highest"], looks[name])
-        plain_log(loss, "y")
-        loss.set_xlabel("weight of the correction (0: one level)")
-        loss.set_ylabel("final training loss")
-        add_legend(loss, "median and range over 10 seeds", columns=1)
-        set_title(loss, f"{MLP}, the paper's settings")
-        draw_losses(curves, shown, looks)
-        set_title(curves, "weight 1")
+        figure, ((by_weight, by_lambda), (nu, length)) = panels(2, 2)
+        for name, table in weights.items():
+            _draw_table(by_weight, table, "weight", looks[name])
+        for (name, table), key in zip(lambdas.items(), ("kfac", "two_level_kfac"), strict=True):
+            _draw_table(by_lambda, table, "damping", OPTIMIZERS[key]._replace(label=name))
+        plain_log(by_weight, "y")
+        plain_log(by_lambda, "y")
+        by_lambda.set_xscale("log")
+        by_weight.set_xlabel("weight of the correction (0: one level)")
+        by_lambda.set_xlabel("damping λ of both")
+        for axes in (by_weight, by_lambda):
+            axes.set_ylabel("final training loss")
+            add_legend(axes, "median and range over 10 seeds", columns=1)
+        set_title(by_weight, f"{MLP}, the paper's settings")
+        set_title(nu, "weight 1")
         draw_trace(nu, shown, looks, "nu")
-        draw_trace(ratio, shown, looks, "coarse_ratio")
+        draw_trace(length, shown, looks, "coarse_ratio")
     return figure
 
 
@@ -54,7 +63,7 @@ def tuning_figure(tables: Mapping[str, pd.DataFrame], arms: Arms, variants: Arms
     with matplotlib.rc_context(RC):
         figure, ((line, ratios), (epochs, seconds)) = panels(2, 2)
         for name, table in tables.items():
-            draw_line(line, table["lr"], table["median"], table["lowest"], table["highest"], looks[name])
+            _draw_table(line, table, "lr", looks[name])
         plain_log(line, "xy")
         line.set_xlabel("learning rate η")
         line.set_ylabel("final training loss")
@@ -113,3 +122,7 @@ def convolutions_figure(coarse: pd.DataFrame, numbers: Mapping[str, str]) -> Fig
         add_legend(row[0], "mean, and the single seeds", columns=2)
         set_title(row[0], "ResNet20 on CIFAR10", *labels([coarse]))
     return figure
+
+
+def _draw_table(axes: Axes, table: pd.DataFrame, x: str, style: Style) -> None:
+    draw_line(axes, table[x], table["median"], table["lowest"], table["highest"], style)

@@ -63,6 +63,7 @@ BASES = {FULL: "full", "random signs": "signs", "Gaussian": "gaussian"}
 TIMES = {FULL: "full", "first step only": "first_step", "epoch 1 only": "first_epoch"}
 TIMES |= {"after epoch 5 only": "after_epoch_5"}
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+LAMBDAS = (1e-5, 1e-4, 1e-3, 1e-2)
 WEIGHTS = (0.25, 0.5, 1.0)
 DAMPINGS = {"λI": "full", "λ diag(n)": "consistent"}
 NETS = {"batch norm, linear": (True, "identity"), "batch norm, ReLU": (True, "relu")}
@@ -103,7 +104,13 @@ def damping(root: Path) -> Answer:
             arms |= {f"{name}, weight {weight:g}": curves for weight, curves in own.items()}
             shown[f"{name}, {clip}"] = own[1.0]
         parts += [f"**KL clipping: {clip}**", arm_markdown(arm_table(arms, [ONE_LEVEL]), [ONE_LEVEL])]
-    return Answer("\n\n".join([FINAL, *parts]), damping_figure(lines, shown))
+    by_lambda = {
+        name: {value: choose(trainings, **PAPER | optimizer | {"damping": value}) for value in LAMBDAS}
+        for name, optimizer in (("one level", ONE), ("two levels", TWO))
+    }
+    tables = {name: line_table(line, "damping") for name, line in by_lambda.items()}
+    parts += ["**Another λ, for both levels alike**", line_markdown(tables, "damping", "λ")]
+    return Answer("\n\n".join([FINAL, *parts]), damping_figure(lines, tables, shown))
 
 
 def initial_kick(root: Path) -> Answer:
