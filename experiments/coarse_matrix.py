@@ -3,19 +3,18 @@
 python -m experiments.coarse_matrix problem=resnet20_cifar10_preview optimizer=two_level_variant \\
     optimizer.coarse=observed
 
-Takes the arguments of experiments.train, one seed after another. Leaves ``<runs>/coarse_matrix/<problem>/<variant>/``
-``seed=<s>/`` with ``coarse.csv``, a row per epoch and matrix, and ``provenance.json``.
+Takes the arguments of experiments.train, one seed after another. Leaves ``coarse.csv``, a row per epoch and matrix,
+and ``provenance.json`` in ``<runs>/coarse_matrix/<problem>/<optimizer>/<variant>/seed=<s>/``.
 """
 
 import sys
-from pathlib import Path
 
 import hydra
 import torch
 from omegaconf import DictConfig
 
-from experiments.identity import identity, run_path
-from experiments.measurement import Rows, measure_missing
+from experiments.identity import identity
+from experiments.measurement import Rows, measure_missing, measured_path
 from experiments.overrides import check_overrides
 from experiments.train import CONFIGS
 from kfac2.study.microscope import coarse_numbers
@@ -30,8 +29,8 @@ def main(config: DictConfig) -> None:
 
 
 def run_directory(config: DictConfig, seed: int) -> RunDirectory:
-    home = Path(config.runs) / "coarse_matrix" / config.problem.name
-    return RunDirectory(home / run_path(config).name / f"seed={seed}", identity(config) | {"seeds": [seed]})
+    path = measured_path(config, "coarse_matrix") / f"seed={seed}"
+    return RunDirectory(path, identity(config) | {"seeds": [seed]})
 
 
 def measure_training(training: Training) -> Rows:

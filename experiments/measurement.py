@@ -1,17 +1,26 @@
 """What the study's measurements share: one seed after another, each a record of tables, none measured twice."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from experiments.identity import run_path
 from experiments.train import build_training, check_machine
 from kfac2.training.records import RunDirectory, write_atomically
 from kfac2.training.trainer import Training
 
 Rows = list[dict[str, Any]]
+
+
+def measured_path(config: DictConfig, kind: str) -> Path:
+    """``<runs>/<kind>/<problem>/<optimizer>/<variant>``; each seed below has a record of its own."""
+    single = OmegaConf.merge(config, {"problem": {"one_record_per_seed": True}})
+    assert isinstance(single, DictConfig)
+    return Path(config.runs) / kind / run_path(single).relative_to(config.runs)
 
 
 def measure_missing(

@@ -2,14 +2,13 @@
 
 python -m experiments.microscope optimizer=two_level_kfac seeds=[0,1,2]
 
-Takes the arguments of experiments.train, one seed after another. Leaves ``<runs>/microscope/<optimizer>/<variant>/``
-``seed=<s>/`` with ``directions.csv``, ``coarse.csv``, ``spectrum.csv`` and ``provenance.json``.
+Takes the arguments of experiments.train, one seed after another. Leaves ``directions.csv``, ``coarse.csv``,
+``spectrum.csv`` and ``provenance.json`` in ``<runs>/microscope/<problem>/<optimizer>/<variant>/seed=<s>/``.
 """
 
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -17,8 +16,8 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from experiments.identity import run_path
-from experiments.measurement import Rows, measure_missing
+from experiments.identity import identity
+from experiments.measurement import Rows, measure_missing, measured_path
 from experiments.overrides import check_overrides
 from experiments.train import CONFIGS
 from kfac2 import CoarseSpace, TwoLevelKFAC
@@ -50,10 +49,8 @@ def main(config: DictConfig) -> None:
 
 
 def run_directory(config: DictConfig, seed: int) -> RunDirectory:
-    trained = run_path(config)
-    path = Path(config.runs) / "microscope" / trained.parent.name / trained.name / f"seed={seed}"
-    own = {"trained": str(trained.relative_to(config.runs)), "epochs": list(EPOCHS), "draws": DRAWS}
-    return RunDirectory(path, own | {"damping": config.optimizer.damping, "seeds": [seed]})
+    own = {"epochs": list(EPOCHS), "draws": DRAWS, "seeds": [seed]}
+    return RunDirectory(measured_path(config, "microscope") / f"seed={seed}", identity(config) | own)
 
 
 def measure_training(training: Training, seed: int, damping: float) -> dict[str, Rows]:

@@ -20,7 +20,6 @@ STEPS: list[tuple[str, list[str]]] = [
     (TRAIN, ["sweep=study_rates", "optimizer=kfac", BEST.format("kfac")]),
     (TRAIN, ["sweep=study_rates", "optimizer=two_level_kfac", BEST.format("two_level_kfac")]),
     (TRAIN, ["sweep=study_rates", "optimizer=two_level_kfac", BEST.format("kfac")]),
-    (TRAIN, ["sweep=study_variants", "optimizer=two_level_variant", BEST.format("kfac")]),
     *[
         (TRAIN, [f"sweep={sweep}", f"optimizer={optimizer}"])
         for sweep in ("study_depth", "study_depth_plain")
@@ -33,9 +32,11 @@ STEPS: list[tuple[str, list[str]]] = [
             "problem=resnet20_cifar10_preview",
             "optimizer=two_level_variant",
             "optimizer.coarse=observed",
+            "training.epochs=20",
             "seeds=[0],[1],[2],[3],[4]",
         ],
     ),
+    (TRAIN, ["sweep=study_variants", "optimizer=two_level_variant", BEST.format("kfac")]),
 ]
 
 

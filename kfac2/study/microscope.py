@@ -53,7 +53,8 @@ def preconditioners(preconditioner: Preconditioner, fisher: DampedFisher) -> dic
     """Approximations of ``F_λ⁻¹``, all symmetric but ``galerkin``.
 
     ``one_level``, ``two_level``: the optimizer's own, from its running factors. ``block_diagonal``: the exact
-    blocks. ``true_coarse``: two levels, added up, with ``Z F_λ Zᵀ`` as coarse matrix. ``galerkin``: one level
+    blocks. ``true_coarse``: two levels with ``Z F Zᵀ`` in place of F̃_coarse. ``consistent_coarse``: with ``Z F_λ Zᵀ``
+    in place of the damped matrix, too. ``galerkin``: one level
     and the coarse correction of its residual, ``β = (Z F_λ Zᵀ)⁻¹ Z (g - F_λ P₁ g)``, the best for this Z.
     ``deflated``: multiplicative and symmetric, ``Q + (I - Q F_λ) P₁ (I - F_λ Q)`` with
     ``Q = Zᵀ (Z F_λ Zᵀ)⁻¹ Z`` (balancing Neumann-Neumann).
@@ -62,7 +63,9 @@ def preconditioners(preconditioner: Preconditioner, fisher: DampedFisher) -> dic
     Z = layout.ones()
     coarse_space = preconditioner.coarse
     assert coarse_space is not None
-    true_coarse = fisher.coarse(Z) + fisher.damping * Z @ Z.T
+    true = fisher.coarse(Z)
+    damped_as_optimizer = true + fisher.damping * torch.eye(len(Z), dtype=Z.dtype)
+    damped_consistently = true + fisher.damping * Z @ Z.T
 
     def one_level(g: Tensor) -> Tensor:
         blocks = layout.blocks(g)
@@ -79,8 +82,8 @@ def preconditioners(preconditioner: Preconditioner, fisher: DampedFisher) -> dic
     def block_diagonal(g: Tensor) -> Tensor:
         return torch.cat([torch.linalg.solve(fisher.block(part), g[part]) for part in layout.parts])
 
-    def coarse_solve(g: Tensor) -> Tensor:
-        return Z.T @ torch.linalg.solve(true_coarse, Z @ g)
+    def coarse_solve(g: Tensor, damped: Tensor = damped_consistently) -> Tensor:
+        return Z.T @ torch.linalg.solve(damped, Z @ g)
 
     def galerkin(g: Tensor) -> Tensor:
         start = one_level(g)
@@ -96,7 +99,8 @@ def preconditioners(preconditioner: Preconditioner, fisher: DampedFisher) -> dic
         "one_level": one_level,
         "two_level": lambda g: one_level(g) + own_coarse(g),
         "block_diagonal": block_diagonal,
-        "true_coarse": lambda g: one_level(g) + coarse_solve(g),
+        "true_coarse": lambda g: one_level(g) + coarse_solve(g, damped_as_optimizer),
+        "consistent_coarse": lambda g: one_level(g) + coarse_solve(g),
         "galerkin": galerkin,
         "deflated": deflated,
     }

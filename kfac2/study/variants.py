@@ -97,16 +97,16 @@ class RandomBasis(CoarseSpace):
     """One fixed random rank-one pattern per layer, ``u_i v_iᵀ``, in place of the ones.
 
     ``[Z ∇]_i = u_iᵀ ∇_i v_i``; the cheap form holds with ``α = vᵀ a`` and ``γ = uᵀ g``. Drawn layer by layer
-    from one seed, and scaled to the length of the ones: ``‖u_i v_iᵀ‖² = n_i``.
+    from one ``seed``, and scaled to the length of the ones: ``‖u_i v_iᵀ‖² = n_i``.
     """
 
-    def __init__(self, draw: Callable[[int, torch.Generator], Tensor], weight: float = 1.0):
+    def __init__(self, draw: Callable[[int, torch.Generator], Tensor], weight: float = 1.0, seed: int = 0):
         super().__init__(weight=weight)
-        self._draw = draw
+        self._draw, self._seed = draw, seed
 
     def bind(self, shapes: Sequence[tuple[int, int]], replicas: int, device: torch.device) -> None:
         super().bind(shapes, replicas, device)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(self._seed)
         self.patterns = [tuple(self._unit(size, generator).to(device) for size in shape) for shape in shapes]
 
     def _unit(self, size: int, generator: torch.Generator) -> Tensor:
@@ -205,6 +205,10 @@ VARIANTS: dict[str, Callable[[float], CoarseSpace]] = {
     "permuted": lambda weight: Permuted(weight=weight),
     "signs": lambda weight: RandomBasis(random_signs, weight),
     "gaussian": lambda weight: RandomBasis(gaussian, weight),
+    "signs_2": lambda weight: RandomBasis(random_signs, weight, seed=1),
+    "signs_3": lambda weight: RandomBasis(random_signs, weight, seed=2),
+    "gaussian_2": lambda weight: RandomBasis(gaussian, weight, seed=1),
+    "gaussian_3": lambda weight: RandomBasis(gaussian, weight, seed=2),
     "consistent": lambda weight: ConsistentlyDamped(weight=weight),
     "first_step": lambda weight: Scheduled(1, 1, weight),
     "first_epoch": lambda weight: Scheduled(1, STEPS_PER_EPOCH, weight),

@@ -26,7 +26,7 @@ def test_the_tables(tables: dict[str, pd.DataFrame]) -> None:
     directions = tables["directions"]
     assert set(directions["epoch"]) == {0, 2}
     assert set(directions["statistics"]) == {"batch", "frozen"}
-    assert len(directions) == 2 * 2 * 7
+    assert len(directions) == 2 * 2 * 8
     assert all(directions["scaled_error"] <= directions["error"] + 1e-12)
     assert all(directions["scaled_error"] <= 1 + 1e-12)
     by_name = directions.set_index(["epoch", "statistics", "direction"])["error"].unstack()
@@ -54,7 +54,7 @@ def test_a_measured_seed_is_not_measured_again(tmp_path: Path) -> None:
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         config = compose("train", [*TINY, "optimizer=kfac", f"runs={tmp_path}"])
         directory = microscope.run_directory(config, 3)
-    assert directory.path.relative_to(tmp_path).parts[:2] == ("microscope", "kfac")
+    assert directory.path.relative_to(tmp_path).parts[:3] == ("microscope", "deep_linear_mlp", "kfac")
     with directory.locked():
         directory.write_provenance(complete=False, device="cpu")
     assert not directory.is_complete()

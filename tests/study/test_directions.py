@@ -183,13 +183,16 @@ def test_the_optimizer_s_own_directions(scene: Scene) -> None:
 
 
 def test_the_other_directions_are_their_dense_definitions(scene: Scene) -> None:
-    F, P1, Q, g = scene.F, scene.P1, scene.Q, scene.g
+    F, P1, Q, Z, g = scene.F, scene.P1, scene.Q, scene.Z, scene.g
+    undamped = Z @ (F - scene.fisher.damping * torch.eye(len(g))) @ Z.T
     identity = torch.eye(len(g))
     blocks = torch.block_diag(*[torch.linalg.inv(F[part, part]) for part in scene.layout.parts])
     expected = {
         "none": g,
         "block_diagonal": blocks @ g,
-        "true_coarse": (P1 + Q) @ g,
+        "true_coarse": (P1 + Z.T @ torch.linalg.inv(undamped + scene.fisher.damping * torch.eye(len(Z))) @ Z)
+        @ g,
+        "consistent_coarse": (P1 + Q) @ g,
         "galerkin": P1 @ g + Q @ (g - F @ P1 @ g),
         "deflated": (Q + (identity - Q @ F) @ P1 @ (identity - F @ Q)) @ g,
     }
@@ -235,7 +238,7 @@ def test_conjugate_gradients(scene: Scene) -> None:
     plain = pcg_iterations(scene.operators["none"], g, fisher)
     assert 1 < plain <= rank + 1
     assert pcg_iterations(scene.operators["none"], g, fisher, limit=1) == 1
-    for name in ("one_level", "two_level", "block_diagonal", "true_coarse", "deflated"):
+    for name in ("one_level", "two_level", "block_diagonal", "true_coarse", "consistent_coarse", "deflated"):
         assert 1 < pcg_iterations(scene.operators[name], g, fisher) <= len(g)
 
 

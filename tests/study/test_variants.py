@@ -138,6 +138,7 @@ TWINS: dict[str, tuple[type[Literal], dict[str, Any]]] = {
     "permuted": (LiteralPermuted, {}),
     "signs": (LiteralBasis, {}),
     "gaussian": (LiteralBasis, {}),
+    **{name: (LiteralBasis, {}) for name in ("signs_2", "signs_3", "gaussian_2", "gaussian_3")},
     "consistent": (LiteralConsistent, {}),
     "first_step": (LiteralScheduled, {}),
     "first_epoch": (LiteralScheduled, {}),
@@ -240,6 +241,10 @@ def test_random_bases_are_fixed_and_as_long_as_the_ones() -> None:
             for one, other in zip(first.patterns[i], second.patterns[i], strict=True):
                 assert torch.equal(one, other)
         assert not torch.equal(first.patterns[0][0], first.patterns[1][0])
+        another = VARIANTS[f"{name}_2"](1.0)
+        assert isinstance(another, RandomBasis)
+        another.bind([(5, 4), (5, 4), (3, 7)], 1, torch.device("cpu"))
+        assert not torch.equal(first.patterns[0][0], another.patterns[0][0])
 
 
 def test_permutations_differ_between_refreshes() -> None:
