@@ -1,7 +1,7 @@
 """Copy finished records to where they are committed, packed: python scripts/keep_records.py runs/deep_linear_mlp
 
 Curves, and the tables of the study's measurements, are rounded to six significant digits and gzipped. What is there
-already is left alone.
+already is left alone. The study's go to --into results/study.
 """
 
 import argparse
@@ -12,7 +12,8 @@ from pathlib import Path
 import pandas as pd
 
 from kfac2.figures import RecordError, load_record
-from kfac2.figures.records import CURVES, read_provenance
+from kfac2.figures.records import CURVES, PROVENANCE, read_provenance
+from kfac2.figures.study.records import read_table
 
 PACKED = {"method": "gzip", "mtime": 0}  # the same table gives the same bytes
 
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--into", type=Path, default=Path("results"), help="default: results")
     arguments = parser.parse_args(argv)
     source = arguments.source
-    found = sorted(path.parent for path in source.rglob("provenance.json"))
+    found = sorted(path.parent for path in source.rglob(PROVENANCE))
     if not found:
         raise SystemExit(f"error: no records in {source}")
     for path in found:
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def keep(source: Path, target: Path) -> None:
-    complete = read_provenance(source / "provenance.json")["complete"]
+    complete = read_provenance(source / PROVENANCE)["complete"]
     if target.exists() or not complete:
         print(f"{source}: {'there already' if target.exists() else 'not finished'}, not copied")
         return
@@ -46,7 +47,7 @@ def keep(source: Path, target: Path) -> None:
     for name, table in tables_of(source).items():
         packed = partial / f"{name}.csv.gz"
         table.to_csv(packed, index=False, float_format="%.6g", na_rep="nan", compression=PACKED)
-    shutil.copyfile(source / "provenance.json", partial / "provenance.json")
+    shutil.copyfile(source / PROVENANCE, partial / PROVENANCE)
     partial.rename(target)
     print(f"{target}: copied")
 
@@ -54,7 +55,7 @@ def keep(source: Path, target: Path) -> None:
 def tables_of(source: Path) -> dict[str, pd.DataFrame]:
     if any((source / name).exists() for name in CURVES):
         return {"curves": load_record(source).curves}
-    tables = {path.stem: pd.read_csv(path) for path in sorted(source.glob("*.csv"))}
+    tables = {path.stem: read_table(source, path.stem) for path in sorted(source.glob("*.csv"))}
     if not tables:
         raise RecordError(f"{source} is marked complete and holds no table")
     return tables

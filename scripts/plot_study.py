@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from kfac2.figures import NoRecordsError, RecordError, save_figure
+from kfac2.figures import RecordError, save_figure
 from kfac2.figures.study.questions import QUESTIONS
 
 
@@ -20,13 +20,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         heading = f"## {number}. {question.title}"
         try:
             answer = question.answer(arguments.records)
-        except NoRecordsError as error:
+        except RecordError as error:
             missing.append(number)
             sections.append(f"{heading}\n\nNot answered: {error}.")
             print(f"question {number}: {error}")
             continue
-        except RecordError as error:
-            raise SystemExit(f"error: {error}") from None
         sections.append(f"{heading}\n\n![{question.title}]({question.name}.png)\n\n{answer.text}")
         print("wrote", ", ".join(map(str, save_figure(answer.figure, arguments.output, question.name))))
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -34,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tables.write_text("\n\n".join(["# The study's tables", *sections]) + "\n", encoding="utf-8")
     print(f"wrote {tables}")
     if missing:
-        raise SystemExit(f"error: without records: question {', '.join(map(str, missing))}; make study")
+        raise SystemExit(f"error: not answered: question {', '.join(map(str, missing))}")
 
 
 if __name__ == "__main__":

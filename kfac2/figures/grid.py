@@ -13,7 +13,13 @@ import pandas as pd
 from kfac2.figures.long_table import load_records
 from kfac2.figures.markdown import markdown_table, mean_with_interval, number, plain
 from kfac2.figures.records import NoRecordsError, RecordError, read_provenance
-from kfac2.figures.statistics import FINAL_EPOCHS, final_losses, paired_difference, seed_interval
+from kfac2.figures.statistics import (
+    FINAL_EPOCHS,
+    final_losses,
+    final_summary,
+    paired_difference,
+    seed_interval,
+)
 from kfac2.figures.style import optimizer_styles
 
 COMPLETE = "complete"
@@ -153,14 +159,7 @@ def _check_settings(home: Path, point: Point) -> None:
 
 def _numbers(losses: pd.Series) -> dict[str, Any]:
     interval = seed_interval(losses.to_frame().T).iloc[0]
-    counted = losses.fillna(np.inf)
-    return {
-        "diverged": int(losses.isna().sum()),
-        "median": counted.median(),
-        **{name: interval[name] for name in ("mean", "low", "high")},
-        "lowest": counted.min(),
-        "highest": counted.max(),
-    }
+    return final_summary(losses) | {name: interval[name] for name in ("mean", "low", "high")}
 
 
 def _no_numbers(status: str) -> dict[str, Any]:

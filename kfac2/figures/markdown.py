@@ -1,6 +1,6 @@
 """Numbers and tables as Markdown text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,12 @@ def plain(value: Any) -> str:
 
 def mean_with_interval(mean: float, low: float, high: float, form: str = "{:.4f}") -> str:
     return f"{number(mean, form)} [{number(low, form)}, {number(high, form)}]"
+
+
+def range_and_diverged(row: Mapping[Any, Any]) -> tuple[str, str]:
+    """Cells of ``final_summary``: the range over seeds, and how many diverged."""
+    diverged = f"{row['diverged']:.0f} of {row['seeds']:.0f}"
+    return f"{number(row['lowest'])}-{number(row['highest'])}", diverged
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -68,6 +68,14 @@ def final_losses(curves: pd.DataFrame, epochs: int = FINAL_EPOCHS) -> pd.Series:
     return seed_table(curves, "train_loss").tail(epochs).mean(skipna=False)
 
 
+def final_summary(losses: pd.Series) -> dict[str, float]:
+    """Of final losses by seed: the number of ``seeds``, of these ``diverged``, and ``median``, ``lowest`` and
+    ``highest``, in which a diverged seed counts as infinite."""
+    counted = losses.fillna(np.inf)
+    numbers = {"median": counted.median(), "lowest": counted.min(), "highest": counted.max()}
+    return {"seeds": len(losses), "diverged": int(losses.isna().sum()), **numbers}
+
+
 def paired_difference(first: pd.Series, second: pd.Series, confidence: float = 0.95) -> dict[str, float]:
     """The mean of ``first - second`` over the seeds that both have, paired by seed.
 

@@ -1,6 +1,7 @@
 """Records as they are committed: curves rounded and gzipped."""
 
 import gzip
+import math
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -91,9 +92,10 @@ def test_a_measurement_s_tables_are_packed(tmp_path: Path) -> None:
     pd.DataFrame({"seed": [1], "distance": [1 / 3]}).to_csv(source / "coarse.csv", index=False)
     pd.DataFrame({"seed": [1], "eigenvalue": [float("nan")]}).to_csv(source / "spectrum.csv", index=False)
     keep(tmp_path, "microscope")
-    coarse = load_measurement(tmp_path / "results", "microscope", "kfac", "coarse")
+    coarse = load_measurement(tmp_path / "results", "microscope", "kfac/paper", "coarse")
     assert coarse["distance"].tolist() == [0.333333]
-    assert load_measurement(tmp_path / "results", "microscope", "kfac", "spectrum")["eigenvalue"].isna().all()
+    spectrum = load_measurement(tmp_path / "results", "microscope", "kfac/paper", "spectrum")
+    assert math.isnan(spectrum["eigenvalue"].item())
 
 
 def test_a_finished_record_without_a_table_is_refused(tmp_path: Path) -> None:

@@ -6,16 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 
 from kfac2.figures import NoRecordsError, RecordError
 from kfac2.figures.statistics import paired_ratio
-from kfac2.figures.study.arms import FULL, ONE_LEVEL, arm_markdown, arm_table, arms_figure
+from kfac2.figures.study.arms import arm_markdown, arm_table, arms_figure
 from kfac2.figures.study.lines import best_of, goal_table, good_region, line_table, ratio_row
 from kfac2.figures.study.microscope import change_markdown, direction_table, over_seeds
 from kfac2.figures.study.records import choose, labels, load_measurement, load_trainings
+from kfac2.figures.study.settings import FULL, ONE_LEVEL
 
 Write = Callable[..., Path]
 
@@ -62,7 +62,7 @@ def test_trainings_have_their_settings(write_training: Write, write_record: Writ
         ["two_level_kfac", "full", 0.5, 1e-3],
         ["two_level_variant", "diagonal", 1.0, 1e-3],
     ]
-    chosen = choose(trainings, optimizer="kfac", kl_clip=math.inf, depth=64, replicas=2)
+    chosen = choose(trainings, optimizer="kfac", kl_clip=math.inf, depth=64, seeds="0-1")
     assert set(chosen["variant"]) == {"kl_clip=None"}
     with pytest.raises(NoRecordsError, match=r"no finished training with coarse=permuted.*make study"):
         choose(trainings, coarse="permuted")
@@ -94,28 +94,37 @@ def test_the_table_of_arms() -> None:
         FULL: constant(a=0.1, b=0.2, c=math.nan).assign(nu=0.5, coarse_ratio=[*[1.0] * 6, *[3.0] * 12]),
     }
     table = arm_table(arms, [ONE_LEVEL]).set_index("arm")
-    full = table.loc[FULL]
+    full = table.loc[FULL].to_dict()
     assert (full["seeds"], full["diverged"], full["median"], full["highest"]) == (3, 1, 0.2, math.inf)
     assert full["minus_one level"] == pytest.approx(-0.15)
     assert full["over_one level"] == pytest.approx(0.5)
     assert (full["below_one level"], full["pairs_one level"]) == (2, 2)
     assert (full["nu_1"], full["coarse_ratio_last"]) == (0.5, 2.0)  # the median over the two seeds alive
-    assert np.isnan(table.loc[ONE_LEVEL, "over_one level"])
-    assert np.isnan(table.loc[ONE_LEVEL, "coarse_ratio_1"])
+    one = table.loc[ONE_LEVEL].to_dict()
+    assert math.isnan(one["over_one level"])
+    assert math.isnan(one["coarse_ratio_1"])
     text = arm_markdown(arm_table(arms, [ONE_LEVEL]), [ONE_LEVEL])
     assert "1 of 3" in text
     assert "0.500 [0.500, 0.500]" in text
 
 
+def test_a_curve_s_table() -> None:
+    falling = [1 / epoch for epoch in range(1, 31)]
+    table = arm_table({ONE_LEVEL: training_of({0: falling, 1: [2 * loss for loss in falling]})}, [ONE_LEVEL])
+    row = table.iloc[0].to_dict()
+    assert row["epoch_5"] == pytest.approx(1.5 / 5)
+    assert row["epoch_20"] == pytest.approx(1.5 / 20)
+    final = sum(falling[-5:]) / 5
+    assert [row["lowest"], row["median"], row["highest"]] == pytest.approx([final, 1.5 * final, 2 * final])
+
+
 def test_the_figure_says_how_many_seeds_diverged() -> None:
     arms = {ONE_LEVEL: constant(a=0.2, b=0.4), FULL: constant(a=0.1, b=math.nan)}
     arms = {name: curves.assign(nu=0.5, coarse_ratio=0.0) for name, curves in arms.items()}
-    figure = arms_figure(arms, "title", ["a preview"])
-    assert "a preview" in figure.axes[0].get_title()
-    assert [tick.get_text() for tick in figure.axes[1].get_yticklabels()] == ["full (1 diverged)"]
-    assert "full (1 of 2 seeds diverged)" in str(
-        [t.get_text() for t in figure.axes[0].get_legend().get_texts()]
-    )
+    figure = arms_figure(arms, "title")
+    assert [tick.get_text() for tick in figure.axes[1].get_yticklabels()] == ["full (1 of 2 pairs)"]
+    _, labels_of_curves = figure.axes[0].get_legend_handles_labels()
+    assert "full (1 of 2 seeds diverged)" in labels_of_curves
 
 
 def test_a_line_s_good_region_and_its_best() -> None:
@@ -131,6 +140,10 @@ def test_a_line_s_good_region_and_its_best() -> None:
     assert good_region(table, "lr", best=0.4) == []
     assert best_of(line, range(2)) == 1.0
     assert best_of(line, range(1, 2)) == 0.3
+    lost = {1.0: constant(a=math.nan), 2.0: constant(a=math.nan)}
+    assert good_region(line_table(lost, "lr"), "lr") == []
+    with pytest.raises(ValueError, match="most seeds diverged in every training of the line"):
+        best_of(lost, range(1))
 
 
 def test_time_to_a_goal() -> None:
@@ -153,7 +166,7 @@ def test_a_ratio_of_trainings() -> None:
 def directions() -> pd.DataFrame:
     rows = [
         {"seed": seed, "epoch": epoch, "statistics": "batch", "direction": name, "error": error + seed}
-        | {"scaled_error": error + seed, "cosine": 0.5, "pcg_iterations": 10}
+        | {"scaled_error": error + seed, "cosine": 0.5, "pcg_iterations": 5000 if seed == 2 else 10}
         for seed in range(3)
         for epoch in (0, 1)
         for name, error in (("one_level", 0.5), ("two_level", 0.25 * epoch))
@@ -168,9 +181,11 @@ def test_directions_over_seeds() -> None:
     assert row["error_high"] - row["error"] == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
     interval = over_seeds(directions(), ["statistics", "epoch", "direction"], "cosine")
     assert set(interval["mean"]) == {0.5}
+    assert (row["pcg_iterations"], row["pcg_iterations_high"]) == (10, math.inf)  # one of three was stopped
     text = change_markdown(directions())
     assert "-0.5000 [-0.5000, -0.5000]" in text
     assert "-0.2500 [-0.2500, -0.2500]" in text
+    assert "0.0 [0.0, 0.0]" in text  # of the seeds with which both converge
 
 
 def write_measurement(path: Path, complete: bool = True, label: str | None = "preview") -> None:
@@ -183,13 +198,13 @@ def test_measurements(tmp_path: Path) -> None:
     home = tmp_path / "microscope" / "kfac"
     write_measurement(home / "paper" / "seed=1")
     write_measurement(home / "paper" / "seed=2", complete=False)
-    frame = load_measurement(tmp_path, "microscope", "kfac", "coarse")
+    frame = load_measurement(tmp_path, "microscope", "kfac/paper", "coarse")
     assert frame["distance"].tolist() == [0.5]
     assert labels([frame]) == ["preview"]
     with pytest.raises(NoRecordsError, match="make study"):
-        load_measurement(tmp_path, "microscope", "sgd", "coarse")
+        load_measurement(tmp_path, "microscope", "sgd/paper", "coarse")
     with pytest.raises(RecordError, match=r"spectrum\.csv does not exist, although"):
-        load_measurement(tmp_path, "microscope", "kfac", "spectrum")
+        load_measurement(tmp_path, "microscope", "kfac/paper", "spectrum")
     (home / "paper" / "seed=1" / "coarse.csv").write_text("")
     with pytest.raises(RecordError, match="is damaged"):
-        load_measurement(tmp_path, "microscope", "kfac", "coarse")
+        load_measurement(tmp_path, "microscope", "kfac/paper", "coarse")

@@ -11,25 +11,34 @@ from matplotlib.figure import Figure
 
 from kfac2.figures.curves import loss_against_epochs
 from kfac2.figures.figures import set_title
-from kfac2.figures.markdown import markdown_table, mean_with_interval, number
+from kfac2.figures.markdown import markdown_table, mean_with_interval, number, range_and_diverged
 from kfac2.figures.statistics import (
     FINAL_EPOCHS,
     final_losses,
+    final_summary,
     paired_difference,
     paired_ratio,
     seed_median,
     seed_table,
 )
 from kfac2.figures.study.drawing import panels, plain_log
+from kfac2.figures.study.settings import FULL, ONE_LEVEL
 from kfac2.figures.style import OPTIMIZERS, RC, Style
 
 Arms = Mapping[str, pd.DataFrame]
-ONE_LEVEL, FULL = "one level", "full"
 TRACES = {"nu": "ν", "coarse_ratio": "correction / one-level step"}
 COLORS = ("#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F7F7F")
 LINES = ("-.", ":", "-", "--")
-WHENS = ("1", "20", "last")  # the epochs at which it shows these traces
-FINAL = f"Final loss: the mean training loss over the last {FINAL_EPOCHS} epochs."
+WHENS = {"1": "epoch 1", "20": "epoch 20", "last": "last epoch"}  # at which it shows these traces
+RULE = (
+    f"Final loss: a seed's mean training loss over the last {FINAL_EPOCHS} epochs. Medians are over all seeds, a "
+    "diverged one counting as infinite; differences and ratios (geometric means) are paired by seed over the seeds "
+    "that have diverged in neither training, with 95% Student-t intervals, not corrected for their number."
+)
+DIAGNOSTICS = (
+    "ν and the length of the correction relative to the one-level step are means over the steps of an epoch, medians "
+    "over the seeds that have not diverged."
+)
 EPOCHS = (5, 20)  # the losses that a table shows besides the final one
 
 
@@ -58,14 +67,19 @@ def arm_table(arms: Arms, baselines: Sequence[str]) -> pd.DataFrame:
 def arm_markdown(table: pd.DataFrame, baselines: Sequence[str]) -> str:
     """The table as text in three parts: losses, comparisons, ν and the correction's length."""
     rows = table.to_dict("records")
-    header = ["arm", *(f"epoch {epoch}" for epoch in EPOCHS), "final loss, median", "range", "diverged"]
+    header = [
+        "arm",
+        *(f"median, epoch {epoch}" for epoch in EPOCHS),
+        "final loss, median",
+        "range",
+        "diverged",
+    ]
     cells = [
         (
             row["arm"],
             *(number(row[f"epoch_{epoch}"]) for epoch in EPOCHS),
             number(row["median"]),
-            f"{number(row['lowest'])}-{number(row['highest'])}",
-            f"{row['diverged']} of {row['seeds']}",
+            *range_and_diverged(row),
         )
         for row in rows
     ]
@@ -78,15 +92,15 @@ def arm_markdown(table: pd.DataFrame, baselines: Sequence[str]) -> str:
         for row in rows
     ]
     parts.append(markdown_table(header, [line for line in compared if set(line[1:]) != {"-"}]))
-    header = ["arm", *(f"{name}, epoch {when}" for name in TRACES.values() for when in WHENS)]
+    header = ["arm", *(f"{name}, {when}" for name in TRACES.values() for when in WHENS.values())]
     cells = [
         (row["arm"], *(number(row[f"{trace}_{when}"], "{:.3f}") for trace in TRACES for when in WHENS))
         for row in rows
     ]
-    return "\n\n".join([*parts, markdown_table(header, cells)])
+    return "\n\n".join([*parts, DIAGNOSTICS, markdown_table(header, cells)])
 
 
-def arms_figure(arms: Arms, title: str, remarks: Sequence[str] = ()) -> Figure:
+def arms_figure(arms: Arms, title: str) -> Figure:
     """Four panels: training loss, ratio of the final losses to one level's seed by seed, ν, and the correction's
     length."""
     looks = styles(list(arms))
@@ -96,13 +110,18 @@ def arms_figure(arms: Arms, title: str, remarks: Sequence[str] = ()) -> Figure:
         draw_ratios(ratios, arms, looks)
         draw_trace(nu, arms, looks, "nu")
         draw_trace(length, arms, looks, "coarse_ratio")
-        set_title(loss, title, *remarks)
+        set_title(loss, title)
     return figure
 
 
 def draw_losses(axes: Axes, arms: Arms, looks: dict[str, Style]) -> None:
+    loss_against_epochs(axes, as_optimizers(arms), styles=looks)
+
+
+def as_optimizers(arms: Arms) -> pd.DataFrame:
+    """The arms as one long table that the curves of optimizers can be drawn from."""
     frames = [curves.assign(optimizer=name, variant="") for name, curves in arms.items()]
-    loss_against_epochs(axes, pd.concat(frames, ignore_index=True), styles=looks)
+    return pd.concat(frames, ignore_index=True)
 
 
 def draw_ratios(axes: Axes, arms: Arms, looks: dict[str, Style], baseline: str = ONE_LEVEL) -> None:
@@ -119,8 +138,8 @@ def draw_ratios(axes: Axes, arms: Arms, looks: dict[str, Style], baseline: str =
         axes.errorbar(
             mean, place + 0.1, xerr=[[mean - low], [high - mean]], fmt="o", color=color, markersize=3.5
         )
-        diverged = int(own.isna().sum())
-        names.append(f"{name} ({diverged} diverged)" if diverged else name)
+        whole = pair["seeds"] == len(own)
+        names.append(name if whole else f"{name} ({pair['seeds']} of {len(own)} pairs)")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
@@ -146,7 +165,7 @@ def draw_trace(axes: Axes, arms: Arms, looks: dict[str, Style], trace: str) -> N
         axes.plot(shown, **look, markersize=3)
     plain_log(axes, "xy")
     axes.set_xlabel("epoch")
-    axes.set_ylabel(f"{TRACES[trace]} (median)")
+    axes.set_ylabel(f"{TRACES[trace]} (mean of epoch)")
 
 
 def _row(
@@ -155,10 +174,8 @@ def _row(
     table = seed_table(curves, "train_loss")
     own = losses[name]
     medians = seed_median(table)
-    row: dict[str, Any] = {"arm": name, "seeds": len(own), "diverged": int(own.isna().sum())}
+    row: dict[str, Any] = {"arm": name} | final_summary(own)
     row |= {f"epoch_{epoch}": medians.get(epoch, np.nan) for epoch in EPOCHS}
-    counted = own.fillna(np.inf)
-    row |= {"median": counted.median(), "lowest": counted.min(), "highest": counted.max()}
     for baseline in (each for each in baselines if each != name):
         row |= _comparison(own, losses[baseline], baseline)
     for trace in TRACES:

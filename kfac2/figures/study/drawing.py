@@ -11,32 +11,31 @@ from kfac2.figures.curves import PlainLogFormatter
 from kfac2.figures.markdown import plain
 from kfac2.figures.style import PANEL_SIZE, Style
 
+OVER_SEEDS = "median and range over 10 seeds\n(△: some, ▲: most seeds diverged)"
 
-def panels(rows: int, columns: int) -> tuple[Figure, Any]:
-    """A figure and its axes, ``(rows, columns)``."""
+
+def panels(rows: int, columns: int, stretch: float = 1) -> tuple[Figure, Any]:
+    """A figure and its axes, ``(rows, columns)``, each panel ``stretch`` times as wide as usual."""
     width, height = PANEL_SIZE
-    figure = Figure(figsize=(columns * width, 1.05 * rows * height), layout="constrained")
+    figure = Figure(figsize=(columns * stretch * width, 1.05 * rows * height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def draw_line(axes: Axes, x: Any, middle: Any, low: Any, high: Any, style: Style) -> None:
-    """Points with bars from ``low`` to ``high``; what is infinite sits at the upper edge of what is finite."""
-    values = [np.asarray(each, dtype=float) for each in (middle, low, high)]
-    finite = np.concatenate(values)
-    top = 1.5 * finite[np.isfinite(finite)].max(initial=1e-3)
-    middle, low, high = (np.minimum(np.nan_to_num(each, nan=top), top) for each in values)
+    """Points with bars from ``low`` to ``high``. What is not there (NaN) is left out; an infinite point is a filled
+    triangle at the upper edge, an infinite end of a bar a hollow one."""
+    x, middle, low, high = (np.asarray(each, dtype=float) for each in (x, middle, low, high))
+    finite = np.isfinite(middle)
+    ends = [np.abs(np.where(np.isfinite(end), end, middle)[finite] - middle[finite]) for end in (low, high)]
+    look: dict[str, Any] = {"color": style.color, "linestyle": style.linestyle, "label": style.label}
     axes.errorbar(
-        x,
-        middle,
-        [np.maximum(middle - low, 0), np.maximum(high - middle, 0)],
-        color=style.color,
-        linestyle=style.linestyle,
-        label=style.label,
-        marker="o",
-        markersize=3,
-        capsize=2,
-        elinewidth=0.7,
+        x[finite], middle[finite], ends, **look, marker="o", markersize=3, capsize=2, elinewidth=0.7
     )
+    for some, face in ((np.isinf(middle), style.color), (finite & np.isinf(high), "none")):
+        place = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+        marks: dict[str, Any] = {"markeredgecolor": style.color, "markerfacecolor": face, "markersize": 4}
+        if some.any():  # an empty line that is not clipped collapses the layout
+            axes.plot(x[some], np.ones(some.sum()), "^", **marks, **place)
 
 
 def plain_log(axes: Axes, which: str) -> None:

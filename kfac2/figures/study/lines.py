@@ -6,42 +6,41 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kfac2.figures.markdown import markdown_table, mean_with_interval, number, plain
-from kfac2.figures.statistics import final_losses, paired_ratio, seed_table
+from kfac2.figures.markdown import markdown_table, mean_with_interval, number, plain, range_and_diverged
+from kfac2.figures.statistics import final_losses, final_summary, paired_ratio, seed_table
 
 NEAR_BEST = 1.1  # a setting is good where the median is at most this times the line's lowest
 GOALS = (0.05, 0.04)  # training losses that a line's best setting is timed to
 
 
 def line_table(line: Mapping[Any, pd.DataFrame], x: str) -> pd.DataFrame:
-    """Final losses along a line, trainings by the value of ``x``: ``median`` (a diverged seed is infinite),
-    ``lowest``, ``highest``, number of ``seeds``, of these ``diverged``."""
-    rows = []
-    for value, curves in line.items():
-        own = final_losses(curves)
-        counted = own.fillna(np.inf)
-        row = {x: value, "seeds": len(own), "diverged": int(own.isna().sum()), "median": counted.median()}
-        rows.append(row | {"lowest": counted.min(), "highest": counted.max()})
-    return pd.DataFrame(rows)
+    """``final_summary`` along a line, trainings by the value of ``x``."""
+    return pd.DataFrame([{x: value} | final_summary(final_losses(curves)) for value, curves in line.items()])
 
 
 def good_region(table: pd.DataFrame, x: str, best: float | None = None) -> list[float]:
     """The values of ``x`` whose median is at most ``NEAR_BEST`` times ``best``, the line's own lowest by default."""
-    limit = NEAR_BEST * (table["median"].min() if best is None else best)
-    return table.loc[table["median"] <= limit, x].tolist()
+    limit = NEAR_BEST * (min(table["median"]) if best is None else best)
+    return table.loc[(table["median"] <= limit) & np.isfinite(table["median"]), x].tolist()
 
 
 def best_of(line: Mapping[Any, pd.DataFrame], seeds: range) -> Any:
-    """Where on the line the median final loss over these seeds is lowest."""
-    medians = {
-        value: final_losses(curves).reindex(seeds).fillna(np.inf).median() for value, curves in line.items()
-    }
-    return min(medians, key=lambda value: medians[value])
+    """Where on the line the median final loss over these seeds is lowest.
+
+    Raises:
+        ValueError: it is infinite everywhere.
+    """
+    losses = {value: final_losses(curves).reindex(seeds) for value, curves in line.items()}
+    medians = {value: final_summary(own)["median"] for value, own in losses.items()}
+    best = min(medians, key=lambda value: medians[value])
+    if np.isinf(medians[best]):
+        raise ValueError("most seeds diverged in every training of the line")
+    return best
 
 
 def goal_table(arms: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Medians over seeds of the first epoch whose training loss is at most a goal, and of the seconds to its end;
-    infinite where most seeds do not reach it."""
+    infinite unless more than half of the seeds reach it."""
     rows = []
     for name, curves in arms.items():
         loss, seconds = seed_table(curves, "train_loss"), seed_table(curves, "seconds")
@@ -59,9 +58,9 @@ def goal_table(arms: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def goal_markdown(table: pd.DataFrame) -> str:
-    header = ["arm", "seconds of the run"]
+    header = ["arm", "seconds of the run, its seeds side by side"]
     for goal in GOALS:
-        header += [f"epochs to {goal}", f"seconds to {goal}"]
+        header += [f"epochs to {goal}, median", f"seconds to {goal}, median"]
     rows = []
     for row in table.to_dict("records"):
         cells = [row["arm"], number(row["seconds"], "{:.0f}")]
@@ -77,7 +76,7 @@ def ratio_row(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, Any]:
     losses = {"first": final_losses(first), "second": final_losses(second)}
     row: dict[str, Any] = paired_ratio(**losses)
     for name, own in losses.items():
-        row |= {f"{name}_median": own.fillna(np.inf).median(), f"{name}_diverged": int(own.isna().sum())}
+        row |= {f"{name}_{key}": final_summary(own)[key] for key in ("median", "diverged")}
     return row
 
 
@@ -118,7 +117,6 @@ def line_markdown(tables: Mapping[str, pd.DataFrame], x: str, heading: str) -> s
                 cells += ["-"] * 3
                 continue
             row = table.loc[value]
-            cells += [number(row["median"]), f"{number(row['lowest'])}-{number(row['highest'])}"]
-            cells.append(f"{row['diverged']:.0f} of {row['seeds']:.0f}")
+            cells += [number(row["median"]), *range_and_diverged(row)]
         rows.append(cells)
     return markdown_table(header, rows)

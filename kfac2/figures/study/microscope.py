@@ -3,6 +3,7 @@
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,15 +12,16 @@ from kfac2.figures.curves import add_legend
 from kfac2.figures.figures import set_title
 from kfac2.figures.markdown import markdown_table, mean_with_interval, number
 from kfac2.figures.statistics import seed_interval
-from kfac2.figures.study.drawing import draw_line, plain_log
-from kfac2.figures.style import OPTIMIZERS, PANEL_SIZE, RC, Style
+from kfac2.figures.study.drawing import draw_line, panels, plain_log
+from kfac2.figures.style import OPTIMIZERS, RC, Style
 
 DIRECTIONS = {
     "none": Style("SGD (the gradient)", OPTIMIZERS["sgd"].color, ":"),
     "one_level": Style("one level", OPTIMIZERS["kfac"].color, "--"),
     "two_level": Style("two levels", OPTIMIZERS["two_level_kfac"].color, "-"),
     "block_diagonal": Style("exact block diagonal", "#000000", "-."),
-    "true_coarse": Style("two levels, true Z F Zᵀ", "#E69F00", "-"),
+    "true_coarse": Style("two levels, true Z F Zᵀ + λI", "#E69F00", "-"),
+    "consistent_coarse": Style("two levels, true Z F_λ Zᵀ", "#7F7F7F", "-"),
     "galerkin": Style("one level + Galerkin", "#CC79A7", "-"),
     "deflated": Style("deflated", "#009E73", "--"),
 }
@@ -30,37 +32,44 @@ MATRICES = {
 }
 STATISTICS = {"batch": "through batch statistics", "frozen": "with statistics as constants"}
 ERRORS = ("error", "scaled_error", "cosine")
+PCG_LIMIT = 5000  # iterations after which it was stopped
 EPOCH_GAP = 0.4  # on the axis of the epochs, on which 0 must have a place
 
 
 def over_seeds(table: pd.DataFrame, keys: list[str], value: str) -> pd.DataFrame:
     """Mean of ``value`` over seeds with its 95% Student-t interval, for each combination of ``keys``."""
     wide = table.pivot(index=keys, columns="seed", values=value)
-    return seed_interval_of_rows(wide).reset_index()
-
-
-def seed_interval_of_rows(wide: pd.DataFrame) -> pd.DataFrame:
-    """``seed_interval`` of rows that are not epochs: each for itself."""
     rows = [seed_interval(row.to_frame().T).iloc[0] for _, row in wide.iterrows()]
-    return pd.DataFrame(rows).set_axis(wide.index)
+    return pd.DataFrame(rows).set_axis(wide.index).reset_index()
 
 
 def direction_table(directions: pd.DataFrame) -> pd.DataFrame:
     """Per (statistics, epoch, direction) the mean of each of ``ERRORS`` with its interval (``_low``, ``_high``), and
-    of ``pcg_iterations``."""
+    the median of ``pcg_iterations`` with the range over seeds, infinite where conjugate gradients were stopped."""
     keys = ["statistics", "epoch", "direction"]
     parts = []
-    for value in (*ERRORS, "pcg_iterations"):
+    for value in ERRORS:
         part = over_seeds(directions, keys, value).set_index(keys)[["mean", "low", "high"]]
         parts.append(part.set_axis([value, f"{value}_low", f"{value}_high"], axis=1))
+    counts = directions.assign(pcg_iterations=_counts(directions, np.inf)).groupby(keys)["pcg_iterations"]
+    parts.append(counts.agg(pcg_iterations="median", pcg_iterations_low="min", pcg_iterations_high="max"))
     return pd.concat(parts, axis=1).reset_index()
 
 
 def paired_change(directions: pd.DataFrame, value: str) -> pd.DataFrame:
-    """Two levels minus one level of ``value``, paired by seed, per (statistics, epoch), with its interval."""
+    """Two levels minus one level of ``value``, paired by seed, per (statistics, epoch), with its interval; of PCG
+    iterations over the seeds with which both converge."""
+    if value == "pcg_iterations":
+        directions = directions.assign(pcg_iterations=_counts(directions, np.nan))
     wide = directions.pivot(index=["statistics", "epoch", "seed"], columns="direction", values=value)
     change = wide.assign(**{value: wide["two_level"] - wide["one_level"]})[value].reset_index()
     return over_seeds(change, ["statistics", "epoch"], value)
+
+
+def _counts(directions: pd.DataFrame, otherwise: float) -> np.ndarray:
+    """PCG iterations, ``otherwise`` where they did not suffice."""
+    counts = directions["pcg_iterations"].to_numpy(dtype=float)
+    return np.where(counts >= PCG_LIMIT, otherwise, counts)
 
 
 def direction_markdown(table: pd.DataFrame, statistics: str) -> str:
@@ -69,9 +78,7 @@ def direction_markdown(table: pd.DataFrame, statistics: str) -> str:
     for epoch in sorted(set(own.index.get_level_values("epoch"))):
         for name, style in DIRECTIONS.items():
             row = own.loc[(epoch, name)]
-            rows.append(
-                (str(epoch), style.label, *_error_cells(row), number(row["pcg_iterations"], "{:.0f}"))
-            )
+            rows.append((str(epoch), style.label, *_error_cells(row), _pcg_cell(row)))
     header = (
         "epoch",
         "direction",
@@ -94,7 +101,7 @@ def change_markdown(directions: pd.DataFrame) -> str:
         for value, row in zip(changes, same_place, strict=True):
             cells.append(_interval(row, "{:.1f}" if value == "pcg_iterations" else "{:.4f}"))
         rows.append(cells)
-    header = ("Fisher", "epoch", "error at the best length", "cosine", "PCG iterations")
+    header = ("Fisher", "epoch", "error at the best length", "cosine", "PCG iterations [range]")
     return markdown_table(header, rows)
 
 
@@ -131,15 +138,15 @@ def microscope_figure(
 ) -> Figure:
     """Six panels, by row the Fisher with and without the coupling through batch statistics: the error at the best
     length, PCG iterations, and the spectra of the coarse matrices at ``epoch`` beside the damping."""
-    width, height = PANEL_SIZE
     table = direction_table(directions)
     with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(3 * width, 2.15 * height), layout="constrained")
-        for statistics, (error, pcg, values) in zip(STATISTICS, figure.subplots(2, 3), strict=True):
+        figure, rows = panels(2, 3)
+        for statistics, (error, pcg, values) in zip(STATISTICS, rows, strict=True):
             own = table.loc[table["statistics"] == statistics]
             _draw_over_epochs(error, own, "scaled_error")
             _draw_over_epochs(pcg, own, "pcg_iterations")
-            plain_log(pcg, "y")
+            if np.isfinite(own["pcg_iterations"]).any():
+                plain_log(pcg, "y")
             _draw_spectra(values, spectrum.query("statistics == @statistics and epoch == @epoch"))
             values.axhline(damping, color="grey", linewidth=0.8, label="damping λ")
             set_title(error, title, STATISTICS[statistics])
@@ -175,6 +182,12 @@ def _draw_spectra(axes: Axes, spectrum: pd.DataFrame) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("place of the eigenvalue")
     axes.set_ylabel("eigenvalue")
+
+
+def _pcg_cell(row: Any) -> str:
+    return mean_with_interval(
+        row["pcg_iterations"], row["pcg_iterations_low"], row["pcg_iterations_high"], "{:.0f}"
+    )
 
 
 def _interval(row: dict[Any, Any], form: str) -> str:

@@ -1,6 +1,6 @@
 """The figures of single questions, from their tables."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import pandas as pd
@@ -9,9 +9,8 @@ from matplotlib.figure import Figure
 
 from kfac2.figures.curves import add_legend, loss_against_seconds
 from kfac2.figures.figures import set_title
-from kfac2.figures.study.arms import Arms, draw_losses, draw_ratios, draw_trace, styles
-from kfac2.figures.study.drawing import draw_line, only_these, panels, plain_log
-from kfac2.figures.study.records import labels
+from kfac2.figures.study.arms import Arms, as_optimizers, draw_losses, draw_ratios, draw_trace, styles
+from kfac2.figures.study.drawing import OVER_SEEDS, draw_line, only_these, panels, plain_log
 from kfac2.figures.style import OPTIMIZERS, RC, Style
 
 MLP = "64-layer linear MLP"
@@ -41,7 +40,7 @@ def damping_figure(
         by_lambda.set_xlabel("damping λ of both")
         for axes in (by_weight, by_lambda):
             axes.set_ylabel("final training loss")
-            add_legend(axes, "median and range over 10 seeds", columns=1)
+            add_legend(axes, OVER_SEEDS, columns=1)
         set_title(by_weight, f"{MLP}, the paper's settings")
         set_title(nu, "weight 1")
         draw_trace(nu, shown, looks, "nu")
@@ -61,19 +60,18 @@ def tuning_figure(tables: Mapping[str, pd.DataFrame], arms: Arms, variants: Arms
     looks = {name: style._replace(label=name) for name, style in zip(tables, colors, strict=True)}
     of_arms = {arm: looks[name]._replace(label=arm) for arm, name in zip(arms, tables, strict=True)}
     with matplotlib.rc_context(RC):
-        figure, ((line, ratios), (epochs, seconds)) = panels(2, 2)
+        figure, ((line, ratios), (epochs, seconds)) = panels(2, 2, stretch=1.4)
         for name, table in tables.items():
             _draw_table(line, table, "lr", looks[name])
         plain_log(line, "xy")
         line.set_xlabel("learning rate η")
         line.set_ylabel("final training loss")
-        add_legend(line, "median and range over 10 seeds", columns=1)
+        add_legend(line, OVER_SEEDS, columns=1)
         set_title(line, MLP, "other settings: winners of the grid")
         draw_ratios(ratios, variants, styles(list(variants)))
         set_title(ratios, "variants at the settings that", "won the grid for one level")
         draw_losses(epochs, arms, of_arms)
-        frames = [curves.assign(optimizer=name, variant="") for name, curves in arms.items()]
-        loss_against_seconds(seconds, pd.concat(frames, ignore_index=True), styles=of_arms)
+        loss_against_seconds(seconds, as_optimizers(arms), styles=of_arms)
     return figure
 
 
@@ -101,7 +99,7 @@ def depth_figure(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def convolutions_figure(coarse: pd.DataFrame, numbers: Mapping[str, str]) -> Figure:
+def convolutions_figure(coarse: pd.DataFrame, numbers: Mapping[str, str], remarks: Sequence[str]) -> Figure:
     """Three of the ``numbers`` (headings by column) of the Kronecker and the exact coarse Fisher against epochs."""
     looks = {
         "kronecker": Style("Kronecker", OPTIMIZERS["two_level_kfac"].color, "--"),
@@ -120,7 +118,7 @@ def convolutions_figure(coarse: pd.DataFrame, numbers: Mapping[str, str]) -> Fig
             axes.set_ylabel(numbers[value])
             axes.set_ylim(bottom=0)
         add_legend(row[0], "mean, and the single seeds", columns=2)
-        set_title(row[0], "ResNet20 on CIFAR10", *labels([coarse]))
+        set_title(row[0], "ResNet20 on CIFAR10", *remarks)
     return figure
 
 

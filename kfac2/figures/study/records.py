@@ -12,6 +12,7 @@ from kfac2.figures.long_table import load_records
 from kfac2.figures.records import (
     DAMAGED,
     PROVENANCE,
+    SEED_PREFIX,
     NoRecordsError,
     RecordError,
     config_value,
@@ -24,18 +25,25 @@ SETTINGS = {
     "coarse_weight": "optimizer",
     "lr": "optimizer",
     "momentum": "optimizer",
+    "weight_decay": "optimizer",
     "damping": "optimizer",
     "kl_clip": "optimizer",
+    "inverse": "optimizer",
+    "factor_interval": "optimizer",
+    "inverse_interval": "optimizer",
     "depth": "problem",
+    "width": "problem",
     "batch_norm": "problem",
     "activation": "problem",
+    "train_samples": "problem",
     "epochs": "training",
+    "batch_size": "training",
 }
 
 
 def load_trainings(root: str | Path) -> pd.DataFrame:
     """All finished K-FAC trainings of the deep linear MLP below ``root``, as ``load_records`` returns them, with
-    a column for each of ``SETTINGS``.
+    a column for each of ``SETTINGS``, and ``seeds`` as text, ``0-1-2``.
 
     ``coarse`` is ``"none"`` with one level and ``"full"`` with the optimizer's own coarse space; a ``kl_clip``
     that is off is infinite.
@@ -53,7 +61,8 @@ def load_trainings(root: str | Path) -> pd.DataFrame:
         settings = _settings(provenance, path)
         if provenance["complete"] and "kl_clip" in settings:
             frame = load_records(root, PROBLEM, optimizer=path.parent.name, variant=path.name)
-            frames.append(frame.assign(**settings))
+            seeds = "-".join(map(str, config_value(provenance, path, "seeds")))
+            frames.append(frame.assign(**settings, seeds=seeds))
     if not frames:
         raise NoRecordsError(f"no finished trainings of the study in {home}; make them with: make study")
     return pd.concat(frames, ignore_index=True)
@@ -79,23 +88,22 @@ def choose(trainings: pd.DataFrame, **settings: Any) -> pd.DataFrame:
 
 
 def load_measurement(root: str | Path, kind: str, group: str, table: str) -> pd.DataFrame:
-    """A table of all seeds' finished measurements, ``<root>/<kind>/<group>/<variant>/seed=<s>/<table>.csv``
-    (or ``.csv.gz``), after columns ``kind`` and ``group``, and the provenance's ``label``.
+    """A table of all seeds' finished measurements, ``<root>/<kind>/<group>/seed=<s>/<table>.csv`` (or ``.csv.gz``),
+    with the provenance's ``label``; ``group`` is ``<problem>/<optimizer>/<variant>``.
 
     Raises:
         NoRecordsError: there are none.
         RecordError: one is damaged.
     """
+    home = Path(root) / kind / group
     frames = []
-    for path in sorted((Path(root) / kind / group).glob(f"*/*/{PROVENANCE}")):
+    for path in sorted(home.glob(f"{SEED_PREFIX}*/{PROVENANCE}")):
         provenance = read_provenance(path)
         if provenance["complete"]:
             label = provenance.get("label") or ""
-            frames.append(_read_table(path.parent, table).assign(kind=kind, group=group, label=label))
+            frames.append(read_table(path.parent, table).assign(label=label))
     if not frames:
-        raise NoRecordsError(
-            f"no finished measurements in {Path(root) / kind / group}; make them with: make study"
-        )
+        raise NoRecordsError(f"no finished measurements in {home}; make them with: make study")
     return pd.concat(frames, ignore_index=True)
 
 
@@ -114,7 +122,8 @@ def _settings(provenance: dict[str, Any], path: Path) -> dict[str, Any]:
     return settings
 
 
-def _read_table(directory: Path, name: str) -> pd.DataFrame:
+def read_table(directory: Path, name: str) -> pd.DataFrame:
+    """``<name>.csv``, plain rather than packed (``.csv.gz``)."""
     plain, packed = directory / f"{name}.csv", directory / f"{name}.csv.gz"
     path = packed if packed.exists() and not plain.exists() else plain
     try:

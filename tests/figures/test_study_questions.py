@@ -1,0 +1,141 @@
+"""Every question is answered from what the study trains and measures, and from nothing else."""
+
+import json
+import runpy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+from matplotlib import pyplot as plt
+
+from experiments.identity import identity, run_path
+from experiments.measurement import measured_path
+from experiments.select import expand
+from experiments.train import CONFIGS
+from kfac2.figures import save_figure
+from kfac2.figures.study.microscope import DIRECTIONS, MATRICES
+from kfac2.figures.study.questions import QUESTIONS
+from tests.figures.conftest import write_files
+
+ROOT = Path(__file__).parents[2]
+STEPS = runpy.run_path(str(ROOT / "scripts" / "run_study.py"))["STEPS"]
+plot = runpy.run_path(str(ROOT / "scripts" / "plot_study.py"))["main"]
+TABLES = ("directions", "coarse", "spectrum")
+
+
+def provenance(config: dict[str, Any], label: str | None = None) -> dict[str, Any]:
+    return {"config": config, "complete": True, "label": label, "device": "cpu", "threads": 1}
+
+
+def curves(seeds: list[int], epochs: int, level: float, two_levels: bool) -> pd.DataFrame:
+    epoch = np.tile(np.arange(1, epochs + 1), len(seeds))
+    seed = np.repeat(seeds, epochs)
+    loss = level * (1 + 0.01 * seed) * (1 + 5 / epoch)
+    loss[seed == 1] = np.nan if level > 0.09 else 0.05  # one seed of some trainings diverges
+    frame = pd.DataFrame({"seed": seed, "epoch": epoch, "train_loss": loss, "test_loss": loss, "nu": 0.9})
+    frame = frame.assign(train_accuracy=0.9, test_accuracy=0.9, learning_rate=1e-3, seconds=1.0 * epoch)
+    return frame.assign(coarse_ratio=0.5) if two_levels else frame
+
+
+def write_trainings(root: Path) -> None:
+    for module, overrides in STEPS:
+        if module != "experiments.train":
+            continue
+        grid = expand([*overrides, f"runs={root}"])
+        for number, (point, config) in enumerate(zip(grid.points, grid.configs, strict=True)):
+            level = 0.03 + 0.01 * (number % 8)
+            path = run_path(config)
+            if not path.exists():
+                own = curves(point.seeds, config.training.epochs, level, point.optimizer != "kfac")
+                write_files(path, own, provenance(identity(config)))
+
+
+def measured(seed: int, epoch: int) -> dict[str, pd.DataFrame]:
+    number = {"error": 1.0, "scaled_error": 0.5, "cosine": 0.3, "pcg_iterations": 5000 if seed else 10}
+    coarse = {"distance": 0.5, "off_diagonal": 0.2, "normalised_off_diagonal": 0.4, "negative_eigenvalues": 1}
+    where = [{"seed": seed, "epoch": epoch, "statistics": s} for s in ("batch", "frozen")]
+    return {
+        "directions": pd.DataFrame([w | {"direction": d} | number for w in where for d in DIRECTIONS]),
+        "coarse": pd.DataFrame([w | {"matrix": m} | coarse for w in where for m in MATRICES]),
+        "spectrum": pd.DataFrame(
+            [
+                w | {"matrix": m, "place": p, "eigenvalue": 10.0**-p}
+                for w in where
+                for m in MATRICES
+                for p in (0, 4)
+            ]
+        ),
+    }
+
+
+def write_measurement(path: Path, tables: dict[str, pd.DataFrame], label: str | None) -> None:
+    path.mkdir(parents=True)
+    for name, table in tables.items():
+        table.to_csv(path / f"{name}.csv", index=False)
+    (path / "provenance.json").write_text(json.dumps(provenance({}, label)))
+
+
+def write_measurements(root: Path) -> None:
+    for seed in (0, 1):
+        tables = [measured(seed, epoch) for epoch in (0, 5)]
+        joined = {name: pd.concat([each[name] for each in tables]) for name in TABLES}
+        for optimizer in ("kfac", "two_level_kfac"):
+            config = compose("train", [f"optimizer={optimizer}", f"seeds=[{seed}]", f"runs={root}"])
+            write_measurement(measured_path(config, "microscope") / f"seed={seed}", joined, None)
+        (overrides,) = (own for module, own in STEPS if module == "experiments.coarse_matrix")
+        one = [o for o in overrides if not o.startswith("seeds=")]
+        config = compose("train", [*one, f"seeds=[{seed}]", f"runs={root}"])
+        coarse = (
+            joined["coarse"].query("statistics == 'batch' and matrix != 'true'").drop(columns="statistics")
+        )
+        path = measured_path(config, "coarse_matrix") / f"seed={seed}"
+        write_measurement(path, {"coarse": coarse}, "preview: few images")
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("study")
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        write_trainings(root)
+        write_measurements(root)
+    return root
+
+
+def test_all_questions_are_answered(records: Path, tmp_path: Path) -> None:
+    plot(["--records", str(records), "--output", str(tmp_path)])
+    text = (tmp_path / "tables.md").read_text()
+    assert "Not answered" not in text
+    assert "nan" not in text
+    assert "**preview: few images**" in text
+    assert text.count("\n## ") == len(QUESTIONS) == 8
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {f"{q.name}.{kind}" for q in QUESTIONS for kind in ("png", "pdf")} | {"tables.md"} == names
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.name)
+def test_the_panels_have_room(records: Path, question: Any, tmp_path: Path) -> None:
+    figure = question.answer(records).figure
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of axes that collapse
+        save_figure(figure, tmp_path, "figure")
+    inches = figure.dpi_scale_trans.inverted()
+    for axes in figure.axes:
+        box = axes.get_window_extent().transformed(inches)
+        assert min(box.width, box.height) > 1.2, axes.get_ylabel()
+    plt.close("all")
+
+
+def test_the_rest_is_answered_where_records_are_missing(
+    records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "coarse_matrix").symlink_to(records / "coarse_matrix")
+    output = tmp_path / "study"
+    with pytest.raises(SystemExit, match=r"not answered: question 1, 2, 3, 4, 5, 6, 7$"):
+        plot(["--records", str(tmp_path), "--output", str(output)])
+    assert "no finished trainings of the study" in capsys.readouterr().out
+    assert "Not answered: no finished measurements" in (output / "tables.md").read_text()
+    assert (output / "q8_convolutions.png").exists()
