@@ -11,7 +11,7 @@ from kfac2.figures.curves import PlainLogFormatter
 from kfac2.figures.markdown import plain
 from kfac2.figures.style import PANEL_SIZE, Style
 
-OVER_SEEDS = "median and range over 10 seeds\n(△: some, ▲: most seeds diverged)"
+OVER_SEEDS = "median and range over 10 seeds"
 
 
 def panels(rows: int, columns: int, stretch: float = 1) -> tuple[Figure, Any]:
@@ -31,10 +31,12 @@ def draw_line(axes: Axes, x: Any, middle: Any, low: Any, high: Any, style: Style
     axes.errorbar(
         x[finite], middle[finite], ends, **look, marker="o", markersize=3, capsize=2, elinewidth=0.7
     )
-    for some, face in ((np.isinf(middle), style.color), (finite & np.isinf(high), "none")):
+    lost = ((np.isinf(middle), style.color, "most"), (finite & np.isinf(high), "none", "some"))
+    for some, face, how_many in lost:
         place = {"transform": axes.get_xaxis_transform(), "clip_on": False}
         marks: dict[str, Any] = {"markeredgecolor": style.color, "markerfacecolor": face, "markersize": 4}
         if some.any():  # an empty line that is not clipped collapses the layout
+            marks["label"] = f"{style.label}: {how_many} seeds diverged"
             axes.plot(x[some], np.ones(some.sum()), "^", **marks, **place)
 
 

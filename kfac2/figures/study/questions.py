@@ -96,15 +96,13 @@ def damping(root: Path) -> Answer:
         parts += [f"**KL clipping: {clip}**", arm_markdown(arm_table(arms, [ONE_LEVEL]), [ONE_LEVEL])]
     one, two = (_line(trainings, PAPER | levels, "damping", LAMBDAS) for levels in (ONE, TWO))
     lambdas = {"one level": line_table(one, "damping"), "two levels": line_table(two, "damping")}
-    parts += [
-        "**Another λ, for the blocks and the coarse space alike**",
-        line_markdown(lambdas, "damping", "λ"),
-    ]
-    at_paper = two[PAPER["damping"]]
     same = pd.DataFrame([{"λ": value} | ratio_row(two[value], one[value]) for value in LAMBDAS])
-    against = pd.DataFrame([{"λ": value} | ratio_row(one[value], at_paper) for value in LAMBDAS])
-    parts.append(ratio_markdown(same, {"λ": "λ of both"}, ("two levels", "one level")))
-    parts.append(ratio_markdown(against, {"λ": "λ of one level"}, ("one level", "two levels at λ 0.01")))
+    arms = {f"one level, λ {value:g}": one[value] for value in LAMBDAS}
+    arms |= {f"two levels, λ {value:g}": two[value] for value in LAMBDAS}
+    baseline = [f"two levels, λ {PAPER['damping']:g}"]
+    parts += ["**Another λ, for the blocks and the coarse space alike**"]
+    parts += [ratio_markdown(same, {"λ": "λ of both"}, ("two levels", "one level"))]
+    parts += [arm_markdown(arm_table(arms, baseline), baseline)]
     return Answer("\n\n".join(parts), damping_figure(weights, lambdas, shown))
 
 
