@@ -37,6 +37,7 @@ STEPS: list[tuple[str, list[str]]] = [
         ],
     ),
     (TRAIN, ["sweep=study_variants", "optimizer=two_level_variant", BEST.format("kfac")]),
+    *[(TRAIN, ["sweep=study_joint", f"optimizer={name}"]) for name in ("kfac", "two_level_kfac")],
 ]
 
 

@@ -29,10 +29,10 @@ def grids() -> list[Grid]:
 def test_the_study_s_configurations(grids: list[Grid]) -> None:
     points = [(point.optimizer, point.variant) for grid in grids for point in grid.points]
     assert max(Counter(points).values()) == 2  # `full` at weight 1 answers two questions with one record
-    assert len(grids) == 13
+    assert len(grids) == 15
     swept = {point.settings.get("coarse") for grid in grids[1:3] for point in grid.points}
     assert swept == set(VARIANTS) - {"observed"}
-    ten = [len(point.seeds) == 10 for grid in (*grids[:8], grids[12]) for point in grid.points]
+    ten = [len(point.seeds) == 10 for grid in (*grids[:8], *grids[12:]) for point in grid.points]
     assert all(ten)
     depths = {point.settings["depth"] for grid in grids[8:10] for point in grid.points}
     assert depths == {8, 16, 32, 64, 128}
