@@ -25,6 +25,7 @@ STEPS: list[tuple[str, list[str]]] = [
         for sweep in ("study_depth", "study_depth_plain")
         for optimizer in ("kfac", "two_level_kfac")
     ],
+    (TRAIN, ["sweep=study_depth_lambda", "optimizer=kfac"]),
     (MEASURE, ["optimizer=kfac,two_level_kfac", f"seeds={','.join(f'[{seed}]' for seed in range(10))}"]),
     (
         OBSERVE,

@@ -20,10 +20,13 @@ def mean_with_interval(mean: float, low: float, high: float, form: str = "{:.4f}
     return f"{number(mean, form)} [{number(low, form)}, {number(high, form)}]"
 
 
-def range_and_diverged(row: Mapping[Any, Any]) -> tuple[str, str]:
-    """Cells of ``final_summary``: the range over seeds, and how many diverged."""
-    diverged = f"{row['diverged']:.0f} of {row['seeds']:.0f}"
-    return f"{number(row['lowest'])}-{number(row['highest'])}", diverged
+def range_and_lost(row: Mapping[Any, Any]) -> tuple[str, str]:
+    """Cells of ``final_summary``: the range over seeds; how many diverged, how many are slow, of how many."""
+    return f"{number(row['lowest'])}-{number(row['highest'])}", f"{lost(row)} of {row['seeds']:.0f}"
+
+
+def lost(row: Mapping[Any, Any], prefix: str = "") -> str:
+    return f"{row[f'{prefix}diverged']:.0f} + {row[f'{prefix}slow']:.0f}"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

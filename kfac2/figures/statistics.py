@@ -7,6 +7,7 @@ import pandas as pd
 from scipy import stats
 
 FINAL_EPOCHS = 5
+SLOW_LOSS = 0.6  # nats, of a binary classifier; chance level is log 2 = 0.69
 
 
 def seed_table(curves: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -69,11 +70,12 @@ def final_losses(curves: pd.DataFrame, epochs: int = FINAL_EPOCHS) -> pd.Series:
 
 
 def final_summary(losses: pd.Series) -> dict[str, float]:
-    """Of final losses by seed: the number of ``seeds``, of these ``diverged``, and ``median``, ``lowest`` and
-    ``highest``, in which a diverged seed counts as infinite."""
+    """Of final losses by seed: the number of ``seeds``, of these ``diverged`` and ``slow`` (not diverged, and above
+    ``SLOW_LOSS``), and ``median``, ``lowest`` and ``highest``, in which a diverged seed counts as infinite."""
     counted = losses.fillna(np.inf)
     numbers = {"median": counted.median(), "lowest": counted.min(), "highest": counted.max()}
-    return {"seeds": len(losses), "diverged": int(losses.isna().sum()), **numbers}
+    counts = {"diverged": int(losses.isna().sum()), "slow": int((losses > SLOW_LOSS).sum())}
+    return {"seeds": len(losses), **counts, **numbers}
 
 
 def paired_difference(first: pd.Series, second: pd.Series, confidence: float = 0.95) -> dict[str, float]:

@@ -9,11 +9,9 @@ import pandas as pd
 from kfac2.figures.curves import machines, remarks, seed_counts
 from kfac2.figures.long_table import by_optimizer
 from kfac2.figures.markdown import markdown_table, mean_with_interval, number
-from kfac2.figures.statistics import seed_interval, seed_median, seed_table
+from kfac2.figures.statistics import SLOW_LOSS, seed_interval, seed_median, seed_table
 from kfac2.figures.style import optimizer_styles
 from kfac2.figures.verdict import RULE, Check, check_rule, verdict
-
-SLOW_LOSS = 0.6  # nats; chance level is log 2 = 0.69
 
 
 class Summary(NamedTuple):

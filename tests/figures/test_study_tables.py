@@ -104,7 +104,7 @@ def test_the_table_of_arms() -> None:
     assert math.isnan(one["over_one level"])
     assert math.isnan(one["coarse_ratio_1"])
     text = arm_markdown(arm_table(arms, [ONE_LEVEL]), [ONE_LEVEL])
-    assert "1 of 3" in text
+    assert "1 + 0 of 3" in text
     assert "0.500 [0.500, 0.500]" in text
 
 
@@ -159,7 +159,7 @@ def test_time_to_a_goal() -> None:
 def test_a_ratio_of_trainings() -> None:
     row = ratio_row(constant(a=0.1, b=math.nan), constant(a=0.2, b=0.3))
     assert row["ratio"] == pytest.approx(0.5)
-    assert (row["first_diverged"], row["second_diverged"]) == (1, 0)
+    assert (row["first_diverged"], row["second_diverged"], row["second_slow"]) == (1, 0, 0)
     assert row["second_median"] == pytest.approx(0.25)
 
 

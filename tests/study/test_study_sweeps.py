@@ -29,14 +29,14 @@ def grids() -> list[Grid]:
 def test_the_study_s_configurations(grids: list[Grid]) -> None:
     points = [(point.optimizer, point.variant) for grid in grids for point in grid.points]
     assert max(Counter(points).values()) == 2  # `full` at weight 1 answers two questions with one record
-    assert len(grids) == 15
+    assert len(grids) == 16
     swept = {point.settings.get("coarse") for grid in grids[1:3] for point in grid.points}
     assert swept == set(VARIANTS) - {"observed"}
-    ten = [len(point.seeds) == 10 for grid in (*grids[:8], *grids[12:]) for point in grid.points]
+    ten = [len(point.seeds) == 10 for grid in (*grids[:8], *grids[13:]) for point in grid.points]
     assert all(ten)
     depths = {point.settings["depth"] for grid in grids[8:10] for point in grid.points}
     assert depths == {8, 16, 32, 64, 128}
-    assert {config.training.epochs for grid in grids[8:12] for config in grid.configs} == {40}
+    assert {config.training.epochs for grid in grids[8:13] for config in grid.configs} == {40}
 
 
 def test_the_finer_line_of_learning_rates_is_at_the_winners(grids: list[Grid]) -> None:

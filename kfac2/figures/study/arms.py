@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 
 from kfac2.figures.curves import loss_against_epochs
 from kfac2.figures.figures import set_title
-from kfac2.figures.markdown import markdown_table, mean_with_interval, number, range_and_diverged
+from kfac2.figures.markdown import markdown_table, mean_with_interval, number, range_and_lost
 from kfac2.figures.statistics import (
     FINAL_EPOCHS,
+    SLOW_LOSS,
     final_losses,
     final_summary,
     paired_difference,
@@ -35,6 +36,7 @@ RULE = (
     "diverged one counting as infinite; differences and ratios (geometric means) are paired by seed over the seeds "
     "that have diverged in neither training, with 95% Student-t intervals, not corrected for their number."
 )
+LOST = f"diverged + above {SLOW_LOSS}"
 DIAGNOSTICS = (
     "ν and the length of the correction relative to the one-level step are means over the steps of an epoch, medians "
     "over the seeds that have not diverged."
@@ -79,7 +81,7 @@ def arm_markdown(table: pd.DataFrame, baselines: Sequence[str]) -> str:
             row["arm"],
             *(number(row[f"epoch_{epoch}"]) for epoch in EPOCHS),
             number(row["median"]),
-            *range_and_diverged(row),
+            *range_and_lost(row),
         )
         for row in rows
     ]

@@ -6,8 +6,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kfac2.figures.markdown import markdown_table, mean_with_interval, number, plain, range_and_diverged
+from kfac2.figures.markdown import (
+    lost,
+    markdown_table,
+    mean_with_interval,
+    number,
+    plain,
+    range_and_lost,
+)
 from kfac2.figures.statistics import final_losses, final_summary, paired_ratio, seed_table
+from kfac2.figures.study.arms import LOST
 
 NEAR_BEST = 1.1  # a setting is good where the median is at most this times the line's lowest
 GOALS = (0.05, 0.04)  # training losses that a line's best setting is timed to
@@ -72,11 +80,11 @@ def goal_markdown(table: pd.DataFrame) -> str:
 
 def ratio_row(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, Any]:
     """``paired_ratio`` of the final losses of two trainings, both medians (``first_median``, ``second_median``) and
-    both numbers of diverged seeds (``first_diverged`` …)."""
+    both numbers of lost seeds (``first_diverged``, ``first_slow`` …)."""
     losses = {"first": final_losses(first), "second": final_losses(second)}
     row: dict[str, Any] = paired_ratio(**losses)
     for name, own in losses.items():
-        row |= {f"{name}_{key}": final_summary(own)[key] for key in ("median", "diverged")}
+        row |= {f"{name}_{key}": final_summary(own)[key] for key in ("median", "diverged", "slow")}
     return row
 
 
@@ -87,7 +95,7 @@ def ratio_markdown(table: pd.DataFrame, settings: Mapping[str, str], names: tupl
         *settings.values(),
         f"{second}, median",
         f"{first}, median",
-        f"diverged: {second}, {first}",
+        f"{LOST}: {second}, {first}",
         f"{first} / {second} [95% interval]",
         "seeds below",
     )
@@ -96,7 +104,7 @@ def ratio_markdown(table: pd.DataFrame, settings: Mapping[str, str], names: tupl
             *(plain(row[name]) for name in settings),
             number(row["second_median"]),
             number(row["first_median"]),
-            f"{row['second_diverged']}, {row['first_diverged']}",
+            f"{lost(row, 'second_')}, {lost(row, 'first_')}",
             mean_with_interval(row["ratio"], row["low"], row["high"], "{:.3f}"),
             f"{row['below']} of {row['seeds']}",
         )
@@ -106,8 +114,8 @@ def ratio_markdown(table: pd.DataFrame, settings: Mapping[str, str], names: tupl
 
 
 def line_markdown(tables: Mapping[str, pd.DataFrame], x: str, heading: str) -> str:
-    """Lines of one ``x`` beside each other: median, range and diverged seeds of each."""
-    header = [heading, *(f"{name}: {what}" for name in tables for what in ("median", "range", "diverged"))]
+    """Lines of one ``x`` beside each other: median, range and lost seeds of each."""
+    header = [heading, *(f"{name}: {what}" for name in tables for what in ("median", "range", LOST))]
     by_value = {name: table.set_index(x) for name, table in tables.items()}
     rows = []
     for value in sorted(set().union(*(table.index for table in by_value.values()))):
@@ -117,6 +125,6 @@ def line_markdown(tables: Mapping[str, pd.DataFrame], x: str, heading: str) -> s
                 cells += ["-"] * 3
                 continue
             row = table.loc[value]
-            cells += [number(row["median"]), *range_and_diverged(row)]
+            cells += [number(row["median"]), *range_and_lost(row)]
         rows.append(cells)
     return markdown_table(header, rows)

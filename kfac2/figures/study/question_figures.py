@@ -76,14 +76,16 @@ def tuning_figure(tables: Mapping[str, pd.DataFrame], arms: Arms, variants: Arms
 
 
 def depth_figure(table: pd.DataFrame) -> Figure:
-    """Two panels: ratio of the final losses against depth, and the losses. ``table``: a ``ratio_row`` per ``net``
-    and ``depth``."""
+    """Two panels: ratio of the final losses against depth, where all seeds of both levels train, and the medians.
+    ``table``: a ``ratio_row`` per ``net`` and ``depth``."""
     looks = styles(list(dict.fromkeys(table["net"])))
+    lost = table[["first_diverged", "first_slow", "second_diverged", "second_slow"]].sum(axis=1)
     with matplotlib.rc_context(RC):
-        figure, ((ratio, loss),) = panels(1, 2)
+        figure, ((ratio, loss),) = panels(1, 2, stretch=1.2)
         for name, style in looks.items():
             own = table.loc[table["net"] == name]
-            draw_line(ratio, own["depth"], own["ratio"], own["low"], own["high"], style)
+            trained = own.loc[lost == 0]
+            draw_line(ratio, trained["depth"], trained["ratio"], trained["low"], trained["high"], style)
             loss.plot(own["depth"], own["second_median"], "--", color=style.color, marker="o", markersize=3)
             loss.plot(own["depth"], own["first_median"], "-", color=style.color, marker="s", markersize=3)
         ratio.axhline(1, color="black", linewidth=0.8)
@@ -92,8 +94,9 @@ def depth_figure(table: pd.DataFrame) -> Figure:
             only_these(axes, sorted(set(table["depth"])))
             axes.set_xlabel("depth")
         ratio.set_ylabel("final loss, two levels / one level")
+        loss.set_ylim(top=2)  # what explodes leaves the panel
         loss.set_ylabel("final training loss, median")
-        add_legend(ratio, "geometric mean and 95% interval, 5 seeds", columns=2)
+        add_legend(ratio, "geometric mean and 95% interval, 5 seeds,\nwhere all seeds train", columns=1)
         set_title(ratio, "the paper's settings, 40 epochs")
         set_title(loss, "dashed: one level, solid: two levels")
     return figure

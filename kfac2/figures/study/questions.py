@@ -59,6 +59,7 @@ from kfac2.figures.study.settings import (
     TIMES,
     TWO,
     VARIANT,
+    WEAK_LAMBDA,
     WEIGHTS,
 )
 
@@ -137,12 +138,17 @@ def equal_tuning(root: Path) -> Answer:
 
 def depth(root: Path) -> Answer:
     trainings = load_trainings(root)
+    short = PAPER | {"epochs": 40, "seeds": FIVE}
     rows = []
     for name, net in NETS.items():
         for deep in DEPTHS[net["batch_norm"]]:
-            settings = PAPER | net | {"epochs": 40, "seeds": FIVE, "depth": deep}
-            pair = (choose(trainings, **settings | optimizer) for optimizer in (TWO, ONE))
-            rows.append({"net": name, "depth": deep} | ratio_row(*pair))
+            one, two = (choose(trainings, **short | net | levels | {"depth": deep}) for levels in (ONE, TWO))
+            rows.append({"net": name, "depth": deep} | ratio_row(two, one))
+    for deep in DEPTHS[True]:
+        two = choose(trainings, **short | TWO | {"depth": deep})
+        weak = choose(trainings, **short | ONE | {"depth": deep, "damping": WEAK_LAMBDA})
+        name = f"{next(iter(NETS))}; one level at λ {WEAK_LAMBDA:g}"
+        rows.append({"net": name, "depth": deep} | ratio_row(two, weak))
     table = pd.DataFrame(rows)
     text = ratio_markdown(table, {"net": "net", "depth": "depth"}, ("two levels", "one level"))
     return Answer(f"{RULE} 40 epochs, 5 seeds.\n\n{text}", depth_figure(table))

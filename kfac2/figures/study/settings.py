@@ -55,6 +55,7 @@ TIMES = {
 }
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 LAMBDAS = (1e-5, 1e-4, 1e-3, 1e-2)
+WEAK_LAMBDA = 1e-5  # with which one level is compared at every depth
 JOINT_RATES = (3e-4, 3e-3, 1e-2)  # with each of the two smallest λ, besides the paper's η
 WEIGHTS = (0.25, 0.5, 1.0)
 DAMPINGS = {"λI": "full", "λ diag(n)": "consistent"}
