@@ -12,6 +12,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN, MEASURE, OBSERVE = "experiments.train", "experiments.microscope", "experiments.coarse_matrix"
 BEST = "recipe=deep_linear_mlp/{}_best"
+
+
+def one_by_one(seeds: int) -> str:
+    """Each seed a job of its own."""
+    return f"seeds={','.join(f'[{seed}]' for seed in range(seeds))}"
+
+
 STEPS: list[tuple[str, list[str]]] = [
     (TRAIN, ["sweep=study_one_level", "optimizer=kfac"]),
     (TRAIN, ["sweep=study_variants", "optimizer=two_level_variant"]),
@@ -26,19 +33,20 @@ STEPS: list[tuple[str, list[str]]] = [
         for optimizer in ("kfac", "two_level_kfac")
     ],
     (TRAIN, ["sweep=study_depth_lambda", "optimizer=kfac"]),
-    (MEASURE, ["optimizer=kfac,two_level_kfac", f"seeds={','.join(f'[{seed}]' for seed in range(10))}"]),
+    (MEASURE, ["optimizer=kfac", one_by_one(10)]),
+    *[(TRAIN, ["sweep=study_joint", f"optimizer={name}"]) for name in ("kfac", "two_level_kfac")],
     (
         OBSERVE,
         [
             "problem=resnet20_cifar10_preview",
             "optimizer=two_level_variant",
             "optimizer.coarse=observed",
-            "training.epochs=20",
-            "seeds=[0],[1],[2],[3],[4]",
+            "training.epochs=12",
+            one_by_one(5),
         ],
     ),
     (TRAIN, ["sweep=study_variants", "optimizer=two_level_variant", BEST.format("kfac")]),
-    *[(TRAIN, ["sweep=study_joint", f"optimizer={name}"]) for name in ("kfac", "two_level_kfac")],
+    (MEASURE, ["optimizer=two_level_kfac", one_by_one(5)]),
 ]
 
 

@@ -79,8 +79,14 @@ def preconditioners(preconditioner: Preconditioner, fisher: DampedFisher) -> dic
         corrections = coarse_space.prolong(coefficients, blocks)
         return layout.vector([c.expand_as(b) for c, (_, b) in zip(corrections, blocks, strict=True)])
 
+    factors = [torch.linalg.cholesky(fisher.block(part)) for part in layout.parts]
+
     def block_diagonal(g: Tensor) -> Tensor:
-        return torch.cat([torch.linalg.solve(fisher.block(part), g[part]) for part in layout.parts])
+        solved = [
+            torch.cholesky_solve(g[part, None], factor)
+            for part, factor in zip(layout.parts, factors, strict=True)
+        ]
+        return torch.cat(solved)[:, 0]
 
     def coarse_solve(g: Tensor, damped: Tensor = damped_consistently) -> Tensor:
         return Z.T @ torch.linalg.solve(damped, Z @ g)

@@ -67,4 +67,4 @@ NETS = {
 }
 DEPTHS = {True: (8, 16, 32, 64, 128), False: (2, 4, 8, 16)}
 MEASURED = {"one level": "deep_linear_mlp/kfac/paper", "two levels": "deep_linear_mlp/two_level_kfac/paper"}
-CONVOLUTIONS = "resnet20_cifar10_preview/two_level_variant/coarse=observed,epochs=20"
+CONVOLUTIONS = "resnet20_cifar10_preview/two_level_variant/coarse=observed,epochs=12"
