@@ -81,7 +81,7 @@ def depth_figure(table: pd.DataFrame) -> Figure:
     looks = styles(list(dict.fromkeys(table["net"])))
     lost = table[["first_diverged", "first_slow", "second_diverged", "second_slow"]].sum(axis=1)
     with matplotlib.rc_context(RC):
-        figure, ((ratio, loss),) = panels(1, 2, stretch=1.2)
+        figure, ((ratio, loss),) = panels(1, 2, stretch=1.4)
         for name, style in looks.items():
             own = table.loc[table["net"] == name]
             trained = own.loc[lost == 0]
@@ -96,7 +96,7 @@ def depth_figure(table: pd.DataFrame) -> Figure:
         ratio.set_ylabel("final loss, two levels / one level")
         loss.set_ylim(top=2)  # what explodes leaves the panel
         loss.set_ylabel("final training loss, median")
-        add_legend(ratio, "geometric mean and 95% interval, 5 seeds,\nwhere all seeds train", columns=1)
+        add_legend(ratio, "geometric mean and 95% interval, 5 seeds, where all seeds train", columns=2)
         set_title(ratio, "the paper's settings, 40 epochs")
         set_title(loss, "dashed: one level, solid: two levels")
     return figure

@@ -104,7 +104,7 @@ def damping(root: Path) -> Answer:
     baseline = [f"two levels, λ {PAPER['damping']:g}"]
     parts += ["**Another λ, for the blocks and the coarse space alike**"]
     parts += [ratio_markdown(same, {"λ": "λ of both"}, ("two levels", "one level"))]
-    parts += [arm_markdown(arm_table(arms, baseline), baseline)]
+    parts += [arm_markdown(arm_table(arms, baseline), baseline), goal_markdown(goal_table(arms))]
     return Answer("\n\n".join(parts), damping_figure(weights, lambdas, shown))
 
 
