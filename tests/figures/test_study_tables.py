@@ -177,8 +177,10 @@ def directions() -> pd.DataFrame:
 def test_directions_over_seeds() -> None:
     table = direction_table(directions()).set_index(["statistics", "epoch", "direction"])
     row = table.loc[("batch", 1, "two_level")]
-    assert row["error"] == pytest.approx(1.25)
-    assert row["error_high"] - row["error"] == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
+    assert row["scaled_error"] == row["error"] == pytest.approx(1.25)  # the mean, and the median
+    half_width = row["scaled_error_high"] - row["scaled_error"]
+    assert half_width == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
+    assert (row["error_low"], row["error_high"]) == (0.25, 2.25)
     interval = over_seeds(directions(), ["statistics", "epoch", "direction"], "cosine")
     assert set(interval["mean"]) == {0.5}
     assert (row["pcg_iterations"], row["pcg_iterations_high"]) == (10, math.inf)  # one of three was stopped

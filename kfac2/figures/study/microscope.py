@@ -31,7 +31,7 @@ MATRICES = {
     "exact": Style('"exact"', "#009E73", ":"),
 }
 STATISTICS = {"batch": "through batch statistics", "frozen": "with statistics as constants"}
-ERRORS = ("error", "scaled_error", "cosine")
+MEANS, MEDIANS = ("scaled_error", "cosine"), ("error", "pcg_iterations")
 PCG_LIMIT = 5000  # iterations after which it was stopped
 EPOCH_GAP = 0.4  # on the axis of the epochs, on which 0 must have a place
 
@@ -43,17 +43,25 @@ def over_seeds(table: pd.DataFrame, keys: list[str], value: str) -> pd.DataFrame
     return pd.DataFrame(rows).set_axis(wide.index).reset_index()
 
 
+def spread(table: pd.DataFrame, keys: list[str], value: str) -> pd.DataFrame:
+    """The same with the ``median`` and the range, ``lowest`` and ``highest``."""
+    grouped = table.groupby(keys)[value]
+    return grouped.agg(median="median", lowest="min", highest="max").reset_index()
+
+
 def direction_table(directions: pd.DataFrame) -> pd.DataFrame:
-    """Per (statistics, epoch, direction) the mean of each of ``ERRORS`` with its interval (``_low``, ``_high``), and
-    the median of ``pcg_iterations`` with the range over seeds, infinite where conjugate gradients were stopped."""
+    """Per (statistics, epoch, direction) the mean of ``scaled_error`` and ``cosine`` with its interval (``_low``,
+    ``_high``), and the median of ``error`` and ``pcg_iterations`` with its range over seeds. These are infinite where
+    conjugate gradients were stopped."""
     keys = ["statistics", "epoch", "direction"]
-    parts = []
-    for value in ERRORS:
-        part = over_seeds(directions, keys, value).set_index(keys)[["mean", "low", "high"]]
-        parts.append(part.set_axis([value, f"{value}_low", f"{value}_high"], axis=1))
-    counts = directions.assign(pcg_iterations=_counts(directions, np.inf)).groupby(keys)["pcg_iterations"]
-    parts.append(counts.agg(pcg_iterations="median", pcg_iterations_low="min", pcg_iterations_high="max"))
-    return pd.concat(parts, axis=1).reset_index()
+    counted = directions.assign(pcg_iterations=_counts(directions, np.inf))
+    parts = [over_seeds(counted, keys, value).drop(columns=["seeds", "excluded"]) for value in MEANS]
+    parts += [spread(counted, keys, value) for value in MEDIANS]
+    named = [
+        part.set_index(keys).set_axis([value, f"{value}_low", f"{value}_high"], axis=1)
+        for value, part in zip((*MEANS, *MEDIANS), parts, strict=True)
+    ]
+    return pd.concat(named, axis=1).reset_index()
 
 
 def paired_change(directions: pd.DataFrame, value: str) -> pd.DataFrame:
@@ -101,20 +109,21 @@ def change_markdown(directions: pd.DataFrame) -> str:
         for value, row in zip(changes, same_place, strict=True):
             cells.append(_interval(row, "{:.1f}" if value == "pcg_iterations" else "{:.4f}"))
         rows.append(cells)
-    header = ("Fisher", "epoch", "error at the best length", "cosine", "PCG iterations [range]")
+    header = ("Fisher", "epoch", "error at the best length", "cosine", "PCG iterations, where both converge")
     return markdown_table(header, rows)
 
 
 def coarse_markdown(coarse: pd.DataFrame, groups: list[str], names: dict[str, str]) -> str:
-    """Means over seeds of a coarse matrix's numbers, for each combination of ``groups`` and matrix."""
+    """Medians and ranges over seeds of a coarse matrix's numbers, for each combination of ``groups`` and matrix."""
     keys = [*groups, "matrix"]
-    parts = [over_seeds(coarse, keys, value) for value in names]
-    forms = ["{:.3g}" if max(part["mean"]) > 10 else "{:.3f}" for part in parts]
+    parts = [spread(coarse, keys, value).to_dict("records") for value in names]
     rows = []
-    for same_place in zip(*(part.to_dict("records") for part in parts), strict=True):
+    for same_place in zip(*parts, strict=True):
         cells = [str(same_place[0][key]) for key in keys]
-        rows.append(cells + [_interval(row, form) for row, form in zip(same_place, forms, strict=True)])
-    return markdown_table([*keys, *(f"{name} [95% interval]" for name in names.values())], rows)
+        for row in same_place:
+            cells.append(mean_with_interval(row["median"], row["lowest"], row["highest"], "{:.3g}"))
+        rows.append(cells)
+    return markdown_table([*keys, *(f"{name} [range]" for name in names.values())], rows)
 
 
 def spectrum_markdown(spectrum: pd.DataFrame, damping: float) -> str:
@@ -150,6 +159,7 @@ def microscope_figure(
             _draw_spectra(values, spectrum.query("statistics == @statistics and epoch == @epoch"))
             values.axhline(damping, color="grey", linewidth=0.8, label="damping λ")
             set_title(error, title, STATISTICS[statistics])
+            set_title(pcg, "median and range over seeds", "(△: some do not converge)")
             set_title(values, f"coarse Fisher, epoch {epoch}")
             error.set_ylabel("error at the best length, F_λ norm")
             pcg.set_ylabel("PCG iterations")
@@ -185,6 +195,8 @@ def _draw_spectra(axes: Axes, spectrum: pd.DataFrame) -> None:
 
 
 def _pcg_cell(row: Any) -> str:
+    if np.isnan(row["pcg_iterations"]):
+        return "-"
     return mean_with_interval(
         row["pcg_iterations"], row["pcg_iterations_low"], row["pcg_iterations_high"], "{:.0f}"
     )

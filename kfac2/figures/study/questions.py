@@ -157,8 +157,8 @@ def depth(root: Path) -> Answer:
 def microscope(root: Path) -> Answer:
     parts = [
         "Error: ‖v - x‖ / ‖x‖ in the F_λ norm, x = F_λ⁻¹ g; at the best length: of the best multiple of v. PCG "
-        "iterations: on F_λ x = g to a residual of 1e-6, of at most 5000; medians. Other numbers are means over seeds, "
-        "with 95% Student-t intervals."
+        "iterations: on F_λ x = g to a residual of 1e-6, infinite if 5000 do not suffice. Errors and iterations are "
+        "medians over seeds, the others means with 95% Student-t intervals."
     ]
     for trained, group in MEASURED.items():
         parts += _microscope_parts(root, group, trained)
@@ -180,7 +180,7 @@ def convolutions(root: Path) -> Answer:
     }
     remarks = labels([coarse])
     parts = [f"**{remark}**" for remark in remarks]
-    parts.append(f"Means over {coarse['seed'].nunique()} seeds, with 95% Student-t intervals.")
+    parts.append(f"Medians over {coarse['seed'].nunique()} seeds, and ranges.")
     parts.append(coarse_markdown(coarse, ["epoch"], numbers))
     return Answer("\n\n".join(parts), convolutions_figure(coarse, numbers, remarks))
 
@@ -219,7 +219,10 @@ def _microscope_parts(root: Path, group: str, trained: str) -> list[str]:
     for statistics, what in STATISTICS.items():
         parts += [f"The Fisher {what}:", direction_markdown(table, statistics)]
     parts += ["Two levels minus one level, paired by seed [95% interval]:", change_markdown(directions)]
-    parts += ["Coarse matrices:", coarse_markdown(coarse, ["statistics", "epoch"], numbers)]
+    parts += [
+        "Coarse matrices, medians over seeds:",
+        coarse_markdown(coarse, ["statistics", "epoch"], numbers),
+    ]
     return [*parts, spectrum_markdown(spectrum, PAPER["damping"])]
 
 
