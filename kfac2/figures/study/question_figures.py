@@ -116,11 +116,11 @@ def convolutions_figure(coarse: pd.DataFrame, numbers: Mapping[str, str], remark
             for name, style in looks.items():
                 wide = coarse.loc[coarse["matrix"] == name].pivot(index="epoch", columns="seed", values=value)
                 axes.plot(wide, style.linestyle, color=style.color, alpha=0.25, linewidth=0.8)
-                axes.plot(wide.mean(axis=1), style.linestyle, color=style.color, label=style.label)
+                axes.plot(wide.median(axis=1), style.linestyle, color=style.color, label=style.label)
             axes.set_xlabel("epoch")
             axes.set_ylabel(numbers[value])
             axes.set_ylim(bottom=0)
-        add_legend(row[0], "mean, and the single seeds", columns=2)
+        add_legend(row[0], "median, and the single seeds", columns=2)
         set_title(row[0], "ResNet20 on CIFAR10", *remarks)
     return figure
 
