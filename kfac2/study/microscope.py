@@ -155,14 +155,16 @@ def pcg_iterations(operator: Operator, g: Tensor, fisher: DampedFisher, limit: i
 
 
 def coarse_numbers(matrix: Tensor, true: Tensor) -> dict[str, float]:
-    """Of a coarse Fisher ``(L, L)`` beside the true ``Z F Zᵀ``: ``distance`` relative in the Frobenius norm, the
-    share ``off_diagonal`` of its squared Frobenius norm, the same ``normalised`` to a unit diagonal, and
-    ``condition``, the ratio of its extreme eigenvalues' moduli."""
+    """Of a coarse Fisher ``(L, L)`` beside the true ``Z F Zᵀ``, in the Frobenius norm: ``distance`` and ``size``
+    relative to the true one, their ``cosine``, the share ``off_diagonal`` of its squared norm, the same
+    ``normalised`` to a unit diagonal; and ``condition``, the ratio of its extreme eigenvalues' moduli."""
     diagonal = matrix.diagonal()
     scale = diagonal.clamp(min=torch.finfo(matrix.dtype).tiny).rsqrt()
     values = torch.linalg.eigvalsh(matrix).abs()
     return {
         "distance": ((matrix - true).norm() / true.norm()).item(),
+        "size": (matrix.norm() / true.norm()).item(),
+        "cosine": torch.nn.functional.cosine_similarity(matrix.flatten(), true.flatten(), dim=0).item(),
         "off_diagonal": _off_diagonal_share(matrix),
         "normalised_off_diagonal": _off_diagonal_share(scale[:, None] * matrix * scale),
         "condition": (values.max() / values.min()).item(),

@@ -57,6 +57,7 @@ def write_trainings(root: Path) -> None:
 def measured(seed: int, epoch: int) -> dict[str, pd.DataFrame]:
     number = {"error": 1.0, "scaled_error": 0.5, "cosine": 0.3, "pcg_iterations": 5000 if seed else 10}
     coarse = {"distance": 0.5, "off_diagonal": 0.2, "normalised_off_diagonal": 0.4, "negative_eigenvalues": 1}
+    coarse |= {"size": 0.1, "cosine": 0.6}
     where = [{"seed": seed, "epoch": epoch, "statistics": s} for s in ("batch", "frozen")]
     return {
         "directions": pd.DataFrame([w | {"direction": d} | number for w in where for d in DIRECTIONS]),

@@ -246,6 +246,7 @@ def test_numbers_of_a_coarse_matrix() -> None:
     true = torch.tensor([[4.0, 2.0], [2.0, 1.0]])
     found = coarse_numbers(torch.diag(torch.tensor([4.0, 1.0])), true)
     assert found["distance"] == pytest.approx((8 / 25) ** 0.5)
+    assert found["size"] == found["cosine"] == pytest.approx((17 / 25) ** 0.5)
     assert found["off_diagonal"] == 0
     assert found["condition"] == pytest.approx(4)
     assert coarse_numbers(true, true)["off_diagonal"] == pytest.approx(8 / 25)

@@ -176,6 +176,8 @@ def convolutions(root: Path) -> Answer:
         "normalised_off_diagonal": "off-diagonal share, normalised",
         "off_diagonal": "off-diagonal share",
         "distance": "distance to exact",
+        "size": "norm relative to exact",
+        "cosine": "cosine with exact",
         "negative_eigenvalues": "negative eigenvalues",
     }
     remarks = labels([coarse])
