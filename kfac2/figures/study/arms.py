@@ -69,13 +69,8 @@ def arm_table(arms: Arms, baselines: Sequence[str]) -> pd.DataFrame:
 def arm_markdown(table: pd.DataFrame, baselines: Sequence[str]) -> str:
     """The table as text in three parts: losses, comparisons, ν and the correction's length."""
     rows = table.to_dict("records")
-    header = [
-        "arm",
-        *(f"median, epoch {epoch}" for epoch in EPOCHS),
-        "final loss, median",
-        "range",
-        "diverged",
-    ]
+    medians = [f"median, epoch {epoch}" for epoch in EPOCHS]
+    header = ["arm", *medians, "final loss, median", "range", LOST]
     cells = [
         (
             row["arm"],
