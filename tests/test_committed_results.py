@@ -1,6 +1,8 @@
-"""What is committed follows from the committed records; the notebook is committed without outputs."""
+"""What is committed follows from the committed records; the notebooks are committed without outputs."""
 
 import json
+import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from kfac2.figures.style import OPTIMIZERS
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME = ROOT / "results" / "deep_linear_mlp"
+STUDY = ROOT / "results" / "study"
 
 
 def test_the_grid_s_summary_and_recipes_come_from_the_records(
@@ -37,7 +40,25 @@ def test_the_winners_recipes_lead_to_their_records(name: str) -> None:
         assert (ROOT / run_path(config) / "provenance.json").exists()
 
 
-def test_the_notebook_has_no_outputs() -> None:
-    for cell in json.loads((ROOT / "notebooks" / "analysis.ipynb").read_text())["cells"]:
+def test_the_study_s_tables_come_from_the_records(tmp_path: Path) -> None:
+    plot_study = runpy.run_path(str(ROOT / "scripts" / "plot_study.py"))["main"]
+    plot_study(["--records", str(STUDY), "--output", str(tmp_path)])
+    assert (tmp_path / "tables.md").read_text() == (STUDY / "tables.md").read_text()
+    for figure in tmp_path.glob("*.png"):
+        assert (STUDY / figure.name).exists()
+
+
+def test_the_study_s_page_quotes_its_tables() -> None:
+    page, tables = ((STUDY / name).read_text() for name in ("README.md", "tables.md"))
+    intervals = set(re.findall(r"-?\d+\.\d+ \[-?\d+\.\d+, -?\d+\.\d+\]", page))
+    assert len(intervals) > 50
+    assert [quoted for quoted in sorted(intervals) if quoted not in tables] == []
+    for name in re.findall(r"\]\(([^)#]+)\)", page):
+        assert (STUDY / name).exists(), name
+
+
+@pytest.mark.parametrize("notebook", ["analysis.ipynb", "study.ipynb"])
+def test_the_notebooks_have_no_outputs(notebook: str) -> None:
+    for cell in json.loads((ROOT / "notebooks" / notebook).read_text())["cells"]:
         assert not cell.get("outputs")
         assert cell.get("execution_count") is None
