@@ -81,7 +81,7 @@ sweep-figures: $(READY) ## the grid's table, winners and figures again from the 
 	$(BIN)/python -m experiments.select sweep=paper_grid runs=results
 	$(BIN)/python scripts/plot_sweep.py --records results --output results/figures
 
-study: $(READY) ## the study of the coarse space: train and measure what is missing (two hours), tables, figures
+study: $(READY) ## the study of the coarse space: train and measure what is missing (two to three hours), tables, figures
 	@status=0; $(BIN)/python scripts/run_study.py tracking=$(TRACKING) || status=1; \
 	$(BIN)/python scripts/plot_study.py --records runs --output runs/study && exit $$status
 

@@ -46,7 +46,7 @@ STEPS: list[tuple[str, list[str]]] = [
         ],
     ),
     (TRAIN, ["sweep=study_variants", "optimizer=two_level_variant", BEST.format("kfac")]),
-    (MEASURE, ["optimizer=two_level_kfac", one_by_one(4)]),
+    (MEASURE, ["optimizer=two_level_kfac", one_by_one(5)]),
 ]
 
 

@@ -64,6 +64,7 @@ def tuning_figure(tables: Mapping[str, pd.DataFrame], arms: Arms, variants: Arms
         for name, table in tables.items():
             _draw_table(line, table, "lr", looks[name])
         plain_log(line, "xy")
+        line.set_ylim(top=1)  # what explodes leaves the panel
         line.set_xlabel("learning rate η")
         line.set_ylabel("final training loss")
         add_legend(line, OVER_SEEDS, columns=1)
