@@ -13,8 +13,7 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from experiments.identity import identity
-from experiments.measurement import Rows, measure_missing, measured_path
+from experiments.measurement import Rows, measure_missing, measured_directory
 from experiments.overrides import check_overrides
 from experiments.train import CONFIGS
 from kfac2.study.microscope import coarse_numbers
@@ -29,8 +28,7 @@ def main(config: DictConfig) -> None:
 
 
 def run_directory(config: DictConfig, seed: int) -> RunDirectory:
-    path = measured_path(config, "coarse_matrix") / f"seed={seed}"
-    return RunDirectory(path, identity(config) | {"seeds": [seed]})
+    return measured_directory(config, "coarse_matrix", seed)
 
 
 def measure_training(training: Training) -> Rows:

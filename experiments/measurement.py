@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.identity import run_path
+from experiments.identity import identity, run_path
 from experiments.train import build_training, check_machine
 from kfac2.training.records import RunDirectory, write_atomically
 from kfac2.training.trainer import Training
@@ -16,11 +16,12 @@ from kfac2.training.trainer import Training
 Rows = list[dict[str, Any]]
 
 
-def measured_path(config: DictConfig, kind: str) -> Path:
-    """``<runs>/<kind>/<problem>/<optimizer>/<variant>``; each seed below has a record of its own."""
+def measured_directory(config: DictConfig, kind: str, seed: int, **own: Any) -> RunDirectory:
+    """``<runs>/<kind>/<problem>/<optimizer>/<variant>/seed=<s>``; ``own``: what else its identity consists of."""
     single = OmegaConf.merge(config, {"problem": {"one_record_per_seed": True}})
     assert isinstance(single, DictConfig)
-    return Path(config.runs) / kind / run_path(single).relative_to(config.runs)
+    path = Path(config.runs) / kind / run_path(single).relative_to(config.runs) / f"seed={seed}"
+    return RunDirectory(path, identity(config) | own | {"seeds": [seed]})
 
 
 def measure_missing(

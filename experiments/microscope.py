@@ -16,8 +16,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from experiments.identity import identity
-from experiments.measurement import Rows, measure_missing, measured_path
+from experiments.measurement import Rows, measure_missing, measured_directory
 from experiments.overrides import check_overrides
 from experiments.train import CONFIGS
 from kfac2 import CoarseSpace, TwoLevelKFAC
@@ -49,8 +48,7 @@ def main(config: DictConfig) -> None:
 
 
 def run_directory(config: DictConfig, seed: int) -> RunDirectory:
-    own = {"epochs": list(EPOCHS), "draws": DRAWS, "seeds": [seed]}
-    return RunDirectory(measured_path(config, "microscope") / f"seed={seed}", identity(config) | own)
+    return measured_directory(config, "microscope", seed, epochs=list(EPOCHS), draws=DRAWS)
 
 
 def measure_training(training: Training, seed: int, damping: float) -> dict[str, Rows]:

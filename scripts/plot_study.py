@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kfac2.figures import RecordError, save_figure
 from kfac2.figures.study.questions import QUESTIONS
+from kfac2.figures.study.records import Study
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -15,11 +16,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--output", type=Path, default=Path("runs/study"), help="of tables.md and the figures"
     )
     arguments = parser.parse_args(argv)
+    study = Study(arguments.records)
     sections, missing = [], []
     for number, question in enumerate(QUESTIONS, start=1):
         heading = f"## {number}. {question.title}"
         try:
-            answer = question.answer(arguments.records)
+            answer = question.answer(study)
         except RecordError as error:
             missing.append(number)
             sections.append(f"{heading}\n\nNot answered: {error}.")

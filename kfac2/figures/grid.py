@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from kfac2.figures.long_table import load_records
+from kfac2.figures.long_table import load_records, record_labels
 from kfac2.figures.markdown import markdown_table, mean_with_interval, number, plain
 from kfac2.figures.records import NoRecordsError, RecordError, read_provenance
 from kfac2.figures.statistics import (
@@ -115,7 +115,7 @@ def grid_markdown(title: str, table: pd.DataFrame, best: pd.DataFrame | None) ->
     ``best``: the winners' records (``winners_frame``), None if there are none.
     """
     labels = {name: style.label for name, style in optimizer_styles(table["optimizer"]).items()}
-    found = sorted(set(table["label"]) - {""})
+    found = record_labels(table)
     paragraphs = [f"## {title}", *(f"**{label}**" for label in found), RULE, _winner_text(table, labels)]
     if best is not None:
         paragraphs.append(_pairs_text(best, labels))
@@ -138,8 +138,8 @@ def _row(root: Path, problem: str, point: Point) -> dict[str, Any]:
     frame = frame.loc[frame["seed"].isin(point.seeds)]
     if len(set(frame["seed"])) < len(point.seeds):
         return row | _no_numbers(_what_is_there(home, "incomplete"))
-    labels = " / ".join(sorted(set(frame["label"]) - {""}))
-    return row | _numbers(final_losses(frame)) | {"status": COMPLETE, "label": labels}
+    label = " / ".join(record_labels(frame))
+    return row | _numbers(final_losses(frame)) | {"status": COMPLETE, "label": label}
 
 
 def _check_settings(home: Path, point: Point) -> None:

@@ -70,6 +70,11 @@ def load_records(
     return pd.concat([_merge(of_variant) for of_variant in records.values()], ignore_index=True)
 
 
+def record_labels(frame: pd.DataFrame) -> list[str]:
+    """What must be said of these records wherever they are shown, such as that they are a preview."""
+    return sorted(set(frame["label"]) - {""})
+
+
 def by_optimizer(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The long table of ``load_records`` split into one table per optimizer."""
     return {str(name): curves for name, curves in frame.groupby("optimizer", sort=False)}

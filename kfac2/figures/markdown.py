@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from kfac2.figures.statistics import SLOW_LOSS
+
 
 def number(value: float, form: str = "{:.4f}") -> str:
     """``-`` for what is not there."""
@@ -18,6 +20,10 @@ def plain(value: Any) -> str:
 
 def mean_with_interval(mean: float, low: float, high: float, form: str = "{:.4f}") -> str:
     return f"{number(mean, form)} [{number(low, form)}, {number(high, form)}]"
+
+
+LOST = f"diverged + above {SLOW_LOSS}"
+"""The heading of the numbers of lost seeds."""
 
 
 def range_and_lost(row: Mapping[Any, Any]) -> tuple[str, str]:

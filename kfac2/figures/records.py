@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 CURVES = ("curves.csv", "curves.csv.gz")
+PACKED = ".gz"
 PROVENANCE = "provenance.json"
 SEED_PREFIX = "seed="
 REQUIRED_COLUMNS = (
@@ -111,8 +112,19 @@ def load_record(path: str | Path) -> Record:
 
 def curves_file(path: Path) -> Path:
     """The record's curves, plain rather than packed."""
-    plain, packed = (path / name for name in CURVES)
+    return table_file(path, CURVES[0])
+
+
+def table_file(path: Path, name: str) -> Path:
+    """A table of a record, plain rather than packed."""
+    plain, packed = path / name, path / f"{name}{PACKED}"
     return packed if packed.exists() and not plain.exists() else plain
+
+
+def unpacked(path: Path) -> bytes:
+    """The text of a table, packed or not."""
+    content = path.read_bytes()
+    return gzip.decompress(content) if path.suffix == PACKED else content
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
@@ -129,9 +141,7 @@ def read_provenance(path: Path) -> dict[str, Any]:
 
 def _read_curves(path: Path) -> pd.DataFrame:
     try:
-        text = path.read_bytes()
-        if path.suffix == ".gz":
-            text = gzip.decompress(text)
+        text = unpacked(path)
         curves = pd.read_csv(io.BytesIO(text))
     except FileNotFoundError:
         raise NoRecordsError(f"{path} does not exist: no epoch has finished yet") from None

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from kfac2.figures.curves import PlainLogFormatter, add_legend
 from kfac2.figures.figures import set_title
+from kfac2.figures.long_table import record_labels
 from kfac2.figures.style import PANEL_SIZE, RC, Style, optimizer_styles
 
 SIDE_STEP = 1.04  # so that the bars of two optimizers at one learning rate do not hide each other
@@ -57,7 +58,7 @@ def sensitivity_figure(table: pd.DataFrame, title: str) -> Figure:
         row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, (name, rows) in zip(row, panels.items(), strict=True):
             _draw(axes, rows, styles)
-            set_title(axes, title, name, *sorted(set(rows["label"]) - {""}), untrained)
+            set_title(axes, title, name, *record_labels(rows), untrained)
         row[0].set_ylabel("final training loss")
         row[-1].tick_params(labelleft=True)
     return figure

@@ -22,7 +22,7 @@ class DampingOnly(CoarseSpace):
     """``Zᵀ Z ∇ / λ``: the coarse Fisher left out, so that every layer has the same, constant, factor."""
 
     def matrix(self) -> Tensor:
-        return torch.zeros_like(super().matrix())
+        return torch.zeros_like(self.grams[0])
 
 
 class NormMatched(CoarseSpace):

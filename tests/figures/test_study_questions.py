@@ -13,12 +13,13 @@ from hydra import compose, initialize_config_dir
 from matplotlib import pyplot as plt
 
 from experiments.identity import identity, run_path
-from experiments.measurement import measured_path
+from experiments.measurement import measured_directory
 from experiments.select import expand
 from experiments.train import CONFIGS
 from kfac2.figures import save_figure
 from kfac2.figures.study.microscope import DIRECTIONS, MATRICES
 from kfac2.figures.study.questions import QUESTIONS
+from kfac2.figures.study.records import Study
 from tests.figures.conftest import write_files
 
 ROOT = Path(__file__).parents[2]
@@ -86,14 +87,14 @@ def write_measurements(root: Path) -> None:
         joined = {name: pd.concat([each[name] for each in tables]) for name in TABLES}
         for optimizer in ("kfac", "two_level_kfac"):
             config = compose("train", [f"optimizer={optimizer}", f"seeds=[{seed}]", f"runs={root}"])
-            write_measurement(measured_path(config, "microscope") / f"seed={seed}", joined, None)
+            write_measurement(measured_directory(config, "microscope", seed).path, joined, None)
         (overrides,) = (own for module, own in STEPS if module == "experiments.coarse_matrix")
         one = [o for o in overrides if not o.startswith("seeds=")]
         config = compose("train", [*one, f"seeds=[{seed}]", f"runs={root}"])
         coarse = (
             joined["coarse"].query("statistics == 'batch' and matrix != 'true'").drop(columns="statistics")
         )
-        path = measured_path(config, "coarse_matrix") / f"seed={seed}"
+        path = measured_directory(config, "coarse_matrix", seed).path
         write_measurement(path, {"coarse": coarse}, "preview: few images")
 
 
@@ -119,7 +120,7 @@ def test_all_questions_are_answered(records: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.name)
 def test_the_panels_have_room(records: Path, question: Any, tmp_path: Path) -> None:
-    figure = question.answer(records).figure
+    figure = question.answer(Study(records)).figure
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of axes that collapse
         save_figure(figure, tmp_path, "figure")

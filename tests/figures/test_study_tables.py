@@ -10,11 +10,12 @@ import pandas as pd
 import pytest
 
 from kfac2.figures import NoRecordsError, RecordError
+from kfac2.figures.long_table import record_labels
 from kfac2.figures.statistics import paired_ratio
 from kfac2.figures.study.arms import arm_markdown, arm_table, arms_figure
 from kfac2.figures.study.lines import best_of, goal_table, good_region, line_table, ratio_row
 from kfac2.figures.study.microscope import change_markdown, direction_table, over_seeds
-from kfac2.figures.study.records import choose, labels, load_measurement, load_trainings
+from kfac2.figures.study.records import choose, load_measurement, load_trainings
 from kfac2.figures.study.settings import FULL, ONE_LEVEL
 
 Write = Callable[..., Path]
@@ -202,7 +203,7 @@ def test_measurements(tmp_path: Path) -> None:
     write_measurement(home / "paper" / "seed=2", complete=False)
     frame = load_measurement(tmp_path, "microscope", "kfac/paper", "coarse")
     assert frame["distance"].tolist() == [0.5]
-    assert labels([frame]) == ["preview"]
+    assert record_labels(frame) == ["preview"]
     with pytest.raises(NoRecordsError, match="make study"):
         load_measurement(tmp_path, "microscope", "sgd/paper", "coarse")
     with pytest.raises(RecordError, match=r"spectrum\.csv does not exist, although"):

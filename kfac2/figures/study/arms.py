@@ -11,10 +11,9 @@ from matplotlib.figure import Figure
 
 from kfac2.figures.curves import loss_against_epochs
 from kfac2.figures.figures import set_title
-from kfac2.figures.markdown import markdown_table, mean_with_interval, number, range_and_lost
+from kfac2.figures.markdown import LOST, markdown_table, mean_with_interval, number, range_and_lost
 from kfac2.figures.statistics import (
     FINAL_EPOCHS,
-    SLOW_LOSS,
     final_losses,
     final_summary,
     paired_difference,
@@ -36,7 +35,6 @@ RULE = (
     "diverged one counting as infinite; differences and ratios (geometric means) are paired by seed over the seeds "
     "that have diverged in neither training, with 95% Student-t intervals, not corrected for their number."
 )
-LOST = f"diverged + above {SLOW_LOSS}"
 DIAGNOSTICS = (
     "ν and the length of the correction relative to the one-level step are means over the steps of an epoch, medians "
     "over the seeds that have not diverged."
@@ -103,16 +101,12 @@ def arms_figure(arms: Arms, title: str) -> Figure:
     looks = styles(list(arms))
     with matplotlib.rc_context(RC):
         figure, ((loss, ratios), (nu, length)) = panels(2, 2)
-        draw_losses(loss, arms, looks)
+        loss_against_epochs(loss, as_optimizers(arms), styles=looks)
         draw_ratios(ratios, arms, looks)
         draw_trace(nu, arms, looks, "nu")
         draw_trace(length, arms, looks, "coarse_ratio")
         set_title(loss, title)
     return figure
-
-
-def draw_losses(axes: Axes, arms: Arms, looks: dict[str, Style]) -> None:
-    loss_against_epochs(axes, as_optimizers(arms), styles=looks)
 
 
 def as_optimizers(arms: Arms) -> pd.DataFrame:
@@ -121,11 +115,11 @@ def as_optimizers(arms: Arms) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def draw_ratios(axes: Axes, arms: Arms, looks: dict[str, Style], baseline: str = ONE_LEVEL) -> None:
-    """Final losses relative to the baseline's, a line per arm: a dot per seed, the geometric mean and its 95%
+def draw_ratios(axes: Axes, arms: Arms, looks: dict[str, Style]) -> None:
+    """Final losses relative to one level's, a line per arm: a dot per seed, the geometric mean and its 95%
     interval."""
     losses = {name: final_losses(curves) for name, curves in arms.items()}
-    base = losses.pop(baseline)
+    base = losses.pop(ONE_LEVEL)
     names = []
     for place, (name, own) in enumerate(losses.items()):
         pair = paired_ratio(own, base)
@@ -142,7 +136,7 @@ def draw_ratios(axes: Axes, arms: Arms, looks: dict[str, Style], baseline: str =
     axes.invert_yaxis()
     plain_log(axes, "x")
     axes.set_xlabel(
-        f"final training loss / {baseline}'s\n(geometric mean and 95% interval; dots: seeds)", fontsize=7
+        f"final training loss / {ONE_LEVEL}'s\n(geometric mean and 95% interval; dots: seeds)", fontsize=7
     )
 
 
@@ -154,12 +148,9 @@ def draw_trace(axes: Axes, arms: Arms, looks: dict[str, Style], trace: str) -> N
         median = seed_table(curves, trace).median(axis=1)
         shown = median.where(median > 0)
         marker = "o" if shown.count() == 1 else ""  # a single epoch makes no line
-        look: dict[str, Any] = {
-            "linestyle": looks[name].linestyle,
-            "color": looks[name].color,
-            "marker": marker,
-        }
-        axes.plot(shown, **look, markersize=3)
+        axes.plot(
+            shown, linestyle=looks[name].linestyle, color=looks[name].color, marker=marker, markersize=3
+        )
     plain_log(axes, "xy")
     axes.set_xlabel("epoch")
     axes.set_ylabel(f"{TRACES[trace]} (mean of epoch)")

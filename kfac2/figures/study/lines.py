@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from kfac2.figures.markdown import (
+    LOST,
     lost,
     markdown_table,
     mean_with_interval,
@@ -15,7 +16,6 @@ from kfac2.figures.markdown import (
     range_and_lost,
 )
 from kfac2.figures.statistics import final_losses, final_summary, paired_ratio, seed_table
-from kfac2.figures.study.arms import LOST
 
 NEAR_BEST = 1.1  # a setting is good where the median is at most this times the line's lowest
 GOALS = (0.05, 0.04)  # training losses that a line's best setting is timed to

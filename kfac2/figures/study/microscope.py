@@ -143,11 +143,11 @@ def spectrum_markdown(spectrum: pd.DataFrame, damping: float) -> str:
 
 
 def microscope_figure(
-    directions: pd.DataFrame, spectrum: pd.DataFrame, title: str, epoch: int, damping: float
+    table: pd.DataFrame, spectrum: pd.DataFrame, title: str, epoch: int, damping: float
 ) -> Figure:
     """Six panels, by row the Fisher with and without the coupling through batch statistics: the error at the best
-    length, PCG iterations, and the spectra of the coarse matrices at ``epoch`` beside the damping."""
-    table = direction_table(directions)
+    length, PCG iterations, and the spectra of the coarse matrices at ``epoch`` beside the damping. ``table``: a
+    ``direction_table``."""
     with matplotlib.rc_context(RC):
         figure, rows = panels(2, 3)
         for statistics, (error, pcg, values) in zip(STATISTICS, rows, strict=True):
@@ -163,9 +163,8 @@ def microscope_figure(
             set_title(values, f"coarse Fisher, epoch {epoch}")
             error.set_ylabel("error at the best length, F_λ norm")
             pcg.set_ylabel("PCG iterations")
-            if statistics == "frozen":
-                add_legend(error, "mean and 95% interval over seeds", columns=2)
-                add_legend(values, "median over seeds", columns=2)
+        add_legend(rows[-1][0], "mean and 95% interval over seeds", columns=2)
+        add_legend(rows[-1][-1], "median over seeds", columns=2)
     return figure
 
 

@@ -7,9 +7,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kfac2.figures.curves import add_legend, loss_against_seconds
+from kfac2.figures.curves import add_legend, loss_against_epochs, loss_against_seconds
 from kfac2.figures.figures import set_title
-from kfac2.figures.study.arms import Arms, as_optimizers, draw_losses, draw_ratios, draw_trace, styles
+from kfac2.figures.study.arms import Arms, as_optimizers, draw_ratios, draw_trace, styles
 from kfac2.figures.study.drawing import OVER_SEEDS, draw_line, only_these, panels, plain_log
 from kfac2.figures.style import OPTIMIZERS, RC, Style
 
@@ -71,8 +71,9 @@ def tuning_figure(tables: Mapping[str, pd.DataFrame], arms: Arms, variants: Arms
         set_title(line, MLP, "other settings: winners of the grid")
         draw_ratios(ratios, variants, styles(list(variants)))
         set_title(ratios, "variants at the settings that", "won the grid for one level")
-        draw_losses(epochs, arms, of_arms)
-        loss_against_seconds(seconds, as_optimizers(arms), styles=of_arms)
+        curves = as_optimizers(arms)
+        loss_against_epochs(epochs, curves, styles=of_arms)
+        loss_against_seconds(seconds, curves, styles=of_arms)
     return figure
 
 

@@ -1,13 +1,13 @@
 """The study's questions, each answered from the records: a text of tables and a figure."""
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from kfac2.figures.long_table import record_labels
 from kfac2.figures.markdown import mean_with_interval, plain
 from kfac2.figures.statistics import final_losses, paired_difference
 from kfac2.figures.study.arms import RULE, Arms, arm_markdown, arm_table, arms_figure
@@ -23,6 +23,7 @@ from kfac2.figures.study.lines import (
     ratio_row,
 )
 from kfac2.figures.study.microscope import (
+    PCG_LIMIT,
     STATISTICS,
     change_markdown,
     coarse_markdown,
@@ -38,7 +39,7 @@ from kfac2.figures.study.question_figures import (
     depth_figure,
     tuning_figure,
 )
-from kfac2.figures.study.records import choose, labels, load_measurement, load_trainings
+from kfac2.figures.study.records import Study, choose
 from kfac2.figures.study.settings import (
     BASES,
     BEST_ONE,
@@ -48,7 +49,6 @@ from kfac2.figures.study.settings import (
     DEPTHS,
     FIVE,
     FULL,
-    JOINT_RATES,
     LAMBDAS,
     MEASURED,
     NETS,
@@ -71,20 +71,20 @@ class Answer(NamedTuple):
     figure: Figure
 
 
-def off_diagonal(root: Path) -> Answer:
-    return _arms_answer(_variants(load_trainings(root), PAPER, CONTROLS))
+def off_diagonal(study: Study) -> Answer:
+    return _arms_answer(_variants(study.trainings, PAPER, CONTROLS))
 
 
-def ones_vector(root: Path) -> Answer:
-    return _arms_answer(_variants(load_trainings(root), PAPER, BASES))
+def ones_vector(study: Study) -> Answer:
+    return _arms_answer(_variants(study.trainings, PAPER, BASES))
 
 
-def initial_kick(root: Path) -> Answer:
-    return _arms_answer(_variants(load_trainings(root), PAPER, TIMES))
+def initial_kick(study: Study) -> Answer:
+    return _arms_answer(_variants(study.trainings, PAPER, TIMES))
 
 
-def damping(root: Path) -> Answer:
-    trainings = load_trainings(root)
+def damping(study: Study) -> Answer:
+    trainings = study.trainings
     parts, weights, shown = [RULE], {}, {}
     for clip, kl_clip in (("with clipping", 1e-3), ("without clipping", np.inf)):
         settings = PAPER | {"kl_clip": kl_clip}
@@ -108,8 +108,8 @@ def damping(root: Path) -> Answer:
     return Answer("\n\n".join(parts), damping_figure(weights, lambdas, shown))
 
 
-def equal_tuning(root: Path) -> Answer:
-    trainings = load_trainings(root)
+def equal_tuning(study: Study) -> Answer:
+    trainings = study.trainings
     settings = {
         "one level, μ 0.9": BEST_ONE | ONE,
         "two levels, μ 0": BEST_ONE | TWO | {"momentum": 0.0},
@@ -136,8 +136,8 @@ def equal_tuning(root: Path) -> Answer:
     return Answer("\n\n".join(parts), tuning_figure(tables, arms, variants))
 
 
-def depth(root: Path) -> Answer:
-    trainings = load_trainings(root)
+def depth(study: Study) -> Answer:
+    trainings = study.trainings
     short = PAPER | {"epochs": 40, "seeds": FIVE}
     rows = []
     for name, net in NETS.items():
@@ -154,24 +154,23 @@ def depth(root: Path) -> Answer:
     return Answer(f"{RULE} 40 epochs, 5 seeds.\n\n{text}", depth_figure(table))
 
 
-def microscope(root: Path) -> Answer:
+def microscope(study: Study) -> Answer:
     parts = [
         "Error: ‖v - x‖ / ‖x‖ in the F_λ norm, x = F_λ⁻¹ g; at the best length: of the best multiple of v. PCG "
-        "iterations: on F_λ x = g to a residual of 1e-6, infinite if 5000 do not suffice. Errors and iterations are "
-        "medians over seeds, the others means with 95% Student-t intervals."
+        f"iterations: on F_λ x = g to a residual of 1e-6, infinite if {PCG_LIMIT} do not suffice. Errors and "
+        "iterations are medians over seeds, the others means with 95% Student-t intervals."
     ]
-    for trained, group in MEASURED.items():
-        parts += _microscope_parts(root, group, trained)
-    directions, spectrum = (
-        load_measurement(root, "microscope", MEASURED["one level"], name)
-        for name in ("directions", "spectrum")
-    )
-    title = f"{MLP}, trained by one level"
-    return Answer("\n\n".join(parts), microscope_figure(directions, spectrum, title, 5, PAPER["damping"]))
+    tables = {trained: _measured(study, group) for trained, group in MEASURED.items()}
+    for trained, own in tables.items():
+        parts += _microscope_parts(own, trained)
+    shown = tables["one level"]
+    title, damping = f"{MLP}, trained by one level", PAPER["damping"]
+    figure = microscope_figure(direction_table(shown["directions"]), shown["spectrum"], title, 5, damping)
+    return Answer("\n\n".join(parts), figure)
 
 
-def convolutions(root: Path) -> Answer:
-    coarse = load_measurement(root, "coarse_matrix", CONVOLUTIONS, "coarse")
+def convolutions(study: Study) -> Answer:
+    coarse = study.measurement("coarse_matrix", CONVOLUTIONS, "coarse")
     numbers = {
         "normalised_off_diagonal": "off-diagonal share, normalised",
         "off_diagonal": "off-diagonal share",
@@ -180,7 +179,7 @@ def convolutions(root: Path) -> Answer:
         "cosine": "cosine with exact",
         "negative_eigenvalues": "negative eigenvalues",
     }
-    remarks = labels([coarse])
+    remarks = record_labels(coarse)
     parts = [f"**{remark}**" for remark in remarks]
     parts.append(f"Medians over {coarse['seed'].nunique()} seeds, and ranges.")
     parts.append(coarse_markdown(coarse, ["epoch"], numbers))
@@ -192,7 +191,7 @@ class Question(NamedTuple):
 
     name: str
     title: str
-    answer: Callable[[Path], Answer]
+    answer: Callable[[Study], Answer]
 
 
 QUESTIONS = (
@@ -207,10 +206,13 @@ QUESTIONS = (
 )
 
 
-def _microscope_parts(root: Path, group: str, trained: str) -> list[str]:
-    directions, coarse, spectrum = (
-        load_measurement(root, "microscope", group, name) for name in ("directions", "coarse", "spectrum")
-    )
+def _measured(study: Study, group: str) -> dict[str, pd.DataFrame]:
+    names = ("directions", "coarse", "spectrum")
+    return {name: study.measurement("microscope", group, name) for name in names}
+
+
+def _microscope_parts(tables: Mapping[str, pd.DataFrame], trained: str) -> list[str]:
+    directions, coarse = tables["directions"], tables["coarse"]
     table = direction_table(directions)
     numbers = {
         "distance": "distance to Z F Zᵀ",
@@ -225,7 +227,7 @@ def _microscope_parts(root: Path, group: str, trained: str) -> list[str]:
         "Coarse matrices, medians over seeds:",
         coarse_markdown(coarse, ["statistics", "epoch"], numbers),
     ]
-    return [*parts, spectrum_markdown(spectrum, PAPER["damping"])]
+    return [*parts, spectrum_markdown(tables["spectrum"], PAPER["damping"])]
 
 
 def _variants(trainings: pd.DataFrame, settings: dict[str, Any], variants: Mapping[str, str]) -> Arms:
@@ -235,7 +237,7 @@ def _variants(trainings: pd.DataFrame, settings: dict[str, Any], variants: Mappi
 
 
 def _line(
-    trainings: pd.DataFrame, settings: dict[str, Any], x: str, values: Sequence[float]
+    trainings: pd.DataFrame, settings: dict[str, Any], x: str, values: Iterable[float]
 ) -> dict[float, pd.DataFrame]:
     return {value: choose(trainings, **settings | {x: value}) for value in values}
 
@@ -256,8 +258,7 @@ def _best_of_everything(
         ("two levels", TWO, ("two levels, μ 0", "two levels, μ 0.9")),
     ):
         tried = {f"{line}, η {lr:g}, λ 0.001": lines[line][lr] for line in of_grid for lr in RATES}
-        for value in LAMBDAS:
-            rates = sorted([PAPER["lr"], *JOINT_RATES]) if value in LAMBDAS[:2] else [PAPER["lr"]]
+        for value, rates in LAMBDAS.items():
             own = _line(trainings, PAPER | levels | {"damping": value}, "lr", rates)
             tried |= {f"{name}, η {lr:g}, λ {value:g}": curves for lr, curves in own.items()}
         best = best_of(tried, range(5))

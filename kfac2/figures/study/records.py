@@ -1,7 +1,7 @@
 """The study's records: trainings with their settings in columns, and tables of measurements."""
 
 import io
-from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from kfac2.figures.records import (
     RecordError,
     config_value,
     read_provenance,
+    table_file,
+    unpacked,
 )
 
 PROBLEM = "deep_linear_mlp"
@@ -39,6 +41,22 @@ SETTINGS = {
     "epochs": "training",
     "batch_size": "training",
 }
+
+
+class Study:
+    """The records of the study below ``root``; the trainings are read once."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+
+    @cached_property
+    def trainings(self) -> pd.DataFrame:
+        """See ``load_trainings``."""
+        return load_trainings(self.root)
+
+    def measurement(self, kind: str, group: str, table: str) -> pd.DataFrame:
+        """See ``load_measurement``."""
+        return load_measurement(self.root, kind, group, table)
 
 
 def load_trainings(root: str | Path) -> pd.DataFrame:
@@ -107,11 +125,6 @@ def load_measurement(root: str | Path, kind: str, group: str, table: str) -> pd.
     return pd.concat(frames, ignore_index=True)
 
 
-def labels(frames: Iterable[pd.DataFrame]) -> list[str]:
-    """What must be said of these records wherever they are shown, such as that they are a preview."""
-    return sorted({label for frame in frames for label in set(frame["label"])} - {""})
-
-
 def _settings(provenance: dict[str, Any], path: Path) -> dict[str, Any]:
     parts = {name: config_value(provenance, path, name) for name in set(SETTINGS.values())}
     settings = {name: parts[part][name] for name, part in SETTINGS.items() if name in parts[part]}
@@ -124,10 +137,9 @@ def _settings(provenance: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def read_table(directory: Path, name: str) -> pd.DataFrame:
     """``<name>.csv``, plain rather than packed (``.csv.gz``)."""
-    plain, packed = directory / f"{name}.csv", directory / f"{name}.csv.gz"
-    path = packed if packed.exists() and not plain.exists() else plain
+    path = table_file(directory, f"{name}.csv")
     try:
-        return pd.read_csv(io.BytesIO(path.read_bytes()), compression="gzip" if path == packed else None)
+        return pd.read_csv(io.BytesIO(unpacked(path)))
     except FileNotFoundError:
         raise RecordError(f"{path} does not exist, although the record is marked complete") from None
     except DAMAGED as error:

@@ -22,11 +22,8 @@ PAPER = {
 ONE = {"optimizer": "kfac"}
 TWO = {"optimizer": "two_level_kfac", "coarse_weight": 1.0}
 VARIANT = {"optimizer": "two_level_variant", "coarse_weight": 1.0}
-BEST_ONE = PAPER | {
-    "lr": 1e-2,
-    "damping": 1e-3,
-    "kl_clip": 1e-2,
-}  # the grid's winner; two levels': no momentum
+# The grid's winner for one level; that for two levels has no momentum.
+BEST_ONE = PAPER | {"lr": 1e-2, "damping": 1e-3, "kl_clip": 1e-2}
 
 ONE_LEVEL, FULL = "one level", "full"
 CONTROLS = {
@@ -54,9 +51,13 @@ TIMES = {
     "after epoch 5 only": "after_epoch_5",
 }
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-LAMBDAS = (1e-5, 1e-4, 1e-3, 1e-2)
+LAMBDAS = {  # and the learning rates tried with each
+    1e-5: (3e-4, 1e-3, 3e-3, 1e-2),
+    1e-4: (3e-4, 1e-3, 3e-3, 1e-2),
+    1e-3: (1e-3,),
+    1e-2: (1e-3,),
+}
 WEAK_LAMBDA = 1e-5  # with which one level is compared at every depth
-JOINT_RATES = (3e-4, 3e-3, 1e-2)  # with each of the two smallest λ, besides the paper's η
 WEIGHTS = (0.25, 0.5, 1.0)
 DAMPINGS = {"λI": "full", "λ diag(n)": "consistent"}
 NETS = {
