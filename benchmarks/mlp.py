@@ -20,9 +20,9 @@ from benchmarks.timing import (
     machine,
     markdown_table,
 )
+from experiments.problems.deep_linear import DeepLinearMLP
 from kfac2 import KFAC, TwoLevelKFAC
 from kfac2.optim.first_order import SGD, Adam
-from kfac2.problems.deep_linear import DeepLinearMLP
 
 BATCH_SIZE = 512
 INTERVALS = {"factor_interval": FACTOR_INTERVAL, "inverse_interval": INVERSE_INTERVAL}

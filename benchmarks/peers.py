@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import FACTOR_INTERVAL, INVERSE_INTERVAL, Contender
-from kfac2.problems.deep_linear import DeepLinearMLP
+from experiments.problems.deep_linear import DeepLinearMLP
 
 SGD_OPTIONS: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-3}
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.timing import Contender, interleave, machine, markdown_table
+from experiments.problems import cifar_resnet
 from kfac2 import KFAC, TwoLevelKFAC
 from kfac2.optim.first_order import SGD
-from kfac2.problems import cifar_resnet
 
 BATCH_SIZE = 128
 FACTOR_INTERVAL, INVERSE_INTERVAL = 2, 4

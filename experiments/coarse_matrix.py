@@ -15,11 +15,11 @@ from omegaconf import DictConfig
 
 from experiments.measurement import Rows, measure_missing, measured_directory
 from experiments.overrides import check_overrides
+from experiments.study.microscope import coarse_numbers
+from experiments.study.variants import Observed
 from experiments.train import CONFIGS
-from kfac2.study.microscope import coarse_numbers
-from kfac2.study.variants import Observed
-from kfac2.training.records import RunDirectory
-from kfac2.training.trainer import Training
+from experiments.training.records import RunDirectory
+from experiments.training.trainer import Training
 
 
 @hydra.main(config_path=CONFIGS, config_name="train", version_base="1.3")

@@ -10,8 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.identity import identity, run_path
 from experiments.train import build_training, check_machine
-from kfac2.training.records import RunDirectory, write_atomically
-from kfac2.training.trainer import Training
+from experiments.training.records import RunDirectory, write_atomically
+from experiments.training.trainer import Training
 
 Rows = list[dict[str, Any]]
 

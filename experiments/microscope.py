@@ -18,19 +18,19 @@ from torch import Tensor, nn
 
 from experiments.measurement import Rows, measure_missing, measured_directory
 from experiments.overrides import check_overrides
-from experiments.train import CONFIGS
-from kfac2 import CoarseSpace, TwoLevelKFAC
-from kfac2.optim.preconditioner import Preconditioner
-from kfac2.study.fisher import DampedFisher, frozen_statistics, logit_jacobian
-from kfac2.study.microscope import (
+from experiments.study.fisher import DampedFisher, frozen_statistics, logit_jacobian
+from experiments.study.microscope import (
     Layout,
     coarse_numbers,
     direction_errors,
     pcg_iterations,
     preconditioners,
 )
-from kfac2.training.records import RunDirectory
-from kfac2.training.trainer import Training
+from experiments.train import CONFIGS
+from experiments.training.records import RunDirectory
+from experiments.training.trainer import Training
+from kfac2 import CoarseSpace, TwoLevelKFAC
+from kfac2.optim.preconditioner import Preconditioner
 
 EPOCHS = (0, 1, 5, 20)
 DRAWS = 20  # of labels, averaged in the factors, so that their noise is not what is measured

@@ -12,7 +12,7 @@ from omegaconf import MISSING, OmegaConf
 
 @dataclass
 class DeepLinearMLPConfig:
-    _target_: str = "kfac2.problems.DeepLinearMLP"
+    _target_: str = "experiments.problems.DeepLinearMLP"
     name: str = "deep_linear_mlp"
     one_record_per_seed: bool = False
     depth: int = MISSING
@@ -25,14 +25,14 @@ class DeepLinearMLPConfig:
 
 @dataclass
 class Cifar10Config:
-    _target_: str = "kfac2.problems.Cifar10"
+    _target_: str = "experiments.problems.Cifar10"
     path: str | None = None
     root: str = "data"
 
 
 @dataclass
 class CifarResNetConfig:
-    _target_: str = "kfac2.problems.CifarResNet"
+    _target_: str = "experiments.problems.CifarResNet"
     name: str = MISSING
     one_record_per_seed: bool = True
     depth: int = MISSING
@@ -88,9 +88,9 @@ class TwoLevelKFACConfig(KFACConfig):
 
 @dataclass
 class TwoLevelVariantConfig(KFACConfig):
-    """The study's: ``coarse`` names one of ``kfac2.study.variants.VARIANTS``."""
+    """The study's: ``coarse`` names one of ``experiments.study.variants.VARIANTS``."""
 
-    _target_: str = "kfac2.study.variants.two_level_variant"
+    _target_: str = "experiments.study.variants.two_level_variant"
     name: str = "two_level_variant"
     coarse: str = "full"
     coarse_weight: float = 1.0

@@ -20,13 +20,21 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.figures import RecordError
+from experiments.figures.grid import (
+    Point,
+    Winner,
+    grid_markdown,
+    grid_table,
+    is_decided,
+    winners,
+    winners_frame,
+)
+from experiments.figures.style import OPTIMIZERS
 from experiments.identity import identity, run_path
 from experiments.overrides import GROUPS, check_overrides
 from experiments.train import CONFIGS, run_directories
-from kfac2.figures import RecordError
-from kfac2.figures.grid import Point, Winner, grid_markdown, grid_table, is_decided, winners, winners_frame
-from kfac2.figures.style import OPTIMIZERS
-from kfac2.training.records import OtherRecordError
+from experiments.training.records import OtherRecordError
 
 OWN = ("sweep", "problem", "optimizer", "runs", "device", "threads")  # with no others, the sweep is whole
 

@@ -20,10 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.identity import identity, run_path
 from experiments.overrides import check_overrides
+from experiments.problems import DataError
 from experiments.schema import register
-from kfac2.problems import DataError
-from kfac2.training.records import RunDirectory
-from kfac2.training.trainer import Training, TrainingSettings, prefer_deterministic_kernels
+from experiments.training.records import RunDirectory
+from experiments.training.trainer import Training, TrainingSettings, prefer_deterministic_kernels
 
 CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
 NOT_ARGUMENTS = ("name", "one_record_per_seed")

@@ -5,8 +5,8 @@ Data that was named and is not there, or that is damaged, is an error (1) rather
 
 import sys
 
-from kfac2.problems import Cifar10, DataError
-from kfac2.problems.cifar10 import FOLDER, JPEG_COPY, Cifar10NotFound
+from experiments.problems import Cifar10, DataError
+from experiments.problems.cifar10 import FOLDER, JPEG_COPY, Cifar10NotFound
 
 ABSENT = 3
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from kfac2.figures import RecordError, load_record
-from kfac2.figures.records import CURVES, PROVENANCE, read_provenance
-from kfac2.figures.study.records import read_table
+from experiments.figures import RecordError, load_record
+from experiments.figures.records import CURVES, PROVENANCE, read_provenance
+from experiments.figures.study.records import read_table
 
 PACKED = {"method": "gzip", "mtime": 0}  # the same table gives the same bytes
 

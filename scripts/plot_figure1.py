@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kfac2.figures import (
+from experiments.figures import (
     NoRecordsError,
     Panel,
     RecordError,
@@ -19,7 +19,7 @@ from kfac2.figures import (
     save_figure,
     summarize,
 )
-from kfac2.figures.arguments import add_resnet_arguments, plot_arguments, read_records, read_resnet
+from experiments.figures.arguments import add_resnet_arguments, plot_arguments, read_records, read_resnet
 
 PROBLEM = "deep_linear_mlp"
 TITLE = "64-layer linear MLP"

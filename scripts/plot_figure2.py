@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from kfac2.figures import Panel, accuracy_figure, save_figure
-from kfac2.figures.arguments import plot_arguments, read_records
+from experiments.figures import Panel, accuracy_figure, save_figure
+from experiments.figures.arguments import plot_arguments, read_records
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from kfac2.figures import NoRecordsError, accuracy_figure, final_markdown, save_figure
-from kfac2.figures.arguments import add_resnet_arguments, plot_arguments, read_resnet
+from experiments.figures import NoRecordsError, accuracy_figure, final_markdown, save_figure
+from experiments.figures.arguments import add_resnet_arguments, plot_arguments, read_resnet
 
 
 def main(argv: Sequence[str] | None = None) -> None:

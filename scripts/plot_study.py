@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from kfac2.figures import RecordError, save_figure
-from kfac2.figures.study.questions import QUESTIONS
-from kfac2.figures.study.records import Study
+from experiments.figures import RecordError, save_figure
+from experiments.figures.study.questions import QUESTIONS
+from experiments.figures.study.records import Study
 
 
 def main(argv: Sequence[str] | None = None) -> None:

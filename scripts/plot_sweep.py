@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from kfac2.figures import NoRecordsError, Panel, RecordError, figure1, load_records, save_figure
-from kfac2.figures.grid import read_grid_table, winners_frame
-from kfac2.figures.sensitivity import sensitivity_figure
+from experiments.figures import NoRecordsError, Panel, RecordError, figure1, load_records, save_figure
+from experiments.figures.grid import read_grid_table, winners_frame
+from experiments.figures.sensitivity import sensitivity_figure
 
 TITLES = {"deep_linear_mlp": "64-layer linear MLP"}
 

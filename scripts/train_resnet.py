@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from kfac2.figures.scales import SCALES
+from experiments.figures.scales import SCALES
 
 ROOT = Path(__file__).resolve().parent.parent
 

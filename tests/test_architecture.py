@@ -1,4 +1,4 @@
-"""Imports go down only: experiments → training, problems, optim → curvature."""
+"""Imports go down only: entry points → training, problems, study → figures; experiments → kfac2 → curvature."""
 
 import ast
 from pathlib import Path
@@ -6,17 +6,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ["curvature", "nn", "optim", "problems", "training", "figures", "study"]
 ALLOWED = {
-    "curvature": set(),
-    "nn": set(),
-    "optim": {"curvature", "nn"},
-    "problems": {"nn"},
-    "training": set(),
-    "figures": set(),
-    "study": {"curvature", "nn", "optim"},
+    "kfac2.curvature": set(),
+    "kfac2.nn": set(),
+    "kfac2.optim": {"kfac2.curvature", "kfac2.nn"},
+    "experiments.problems": {"kfac2.nn"},
+    "experiments.training": set(),
+    "experiments.figures": set(),
+    "experiments.study": {"kfac2.curvature", "kfac2.nn", "kfac2.optim"},
 }
-HOMES = {"hydra": {"experiments"}, "omegaconf": {"experiments"}, "wandb": {"kfac2/training/tracking.py"}}
+ENTRY_POINTS = sorted(f"experiments/{path.name}" for path in (ROOT / "experiments").glob("*.py"))
+HOMES = {
+    "hydra": ENTRY_POINTS,
+    "omegaconf": ENTRY_POINTS,
+    "wandb": ["experiments/training/tracking.py"],
+}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -34,24 +38,50 @@ def sources(*folders: str) -> list[Path]:
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
-def files_of(package: str) -> list[Path]:
-    module = ROOT / "kfac2" / f"{package}.py"
-    return [module] if module.exists() else sources(f"kfac2/{package}")
+def files_of(room: str) -> list[Path]:
+    path = room.replace(".", "/")
+    module = ROOT / f"{path}.py"
+    return [module] if module.exists() else sources(path)
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_a_package_imports_only_what_lies_below(package: str) -> None:
-    files = files_of(package)
+@pytest.mark.parametrize("room", ALLOWED)
+def test_a_room_imports_only_what_lies_below(room: str) -> None:
+    files = files_of(room)
     assert files
     for path in files:
-        ours = {name.split(".")[1] for name in imports_of(path) if name.startswith("kfac2.")}
-        assert ours & set(PACKAGES) <= ALLOWED[package] | {package}, path
+        ours = {
+            ".".join(name.split(".")[:2])
+            for name in imports_of(path)
+            if name.startswith(("kfac2.", "experiments."))
+        }
+        assert ours & set(ALLOWED) <= ALLOWED[room] | {room}, path
+
+
+def test_a_room_is_named_for_each_folder() -> None:
+    folders = {
+        f"{package}.{path.name}"
+        for package in ("kfac2", "experiments")
+        for path in (ROOT / package).iterdir()
+        if path.is_dir() and path.name != "__pycache__"
+    }
+    assert folders <= set(ALLOWED)
 
 
 def test_nothing_imports_the_entry_points() -> None:
+    entries = {f"experiments.{Path(path).stem}" for path in ENTRY_POINTS} - {"experiments.__init__"}
+    for path in sources(
+        "kfac2", *(room.replace(".", "/") for room in ALLOWED if room.startswith("experiments"))
+    ):
+        names = imports_of(path)
+        assert not names & entries, path
+        assert not {name.split(".")[0] for name in names} & {"scripts", "notebooks", "benchmarks", "tests"}, (
+            path
+        )
+
+
+def test_the_optimizer_knows_no_experiment() -> None:
     for path in sources("kfac2"):
-        tops = {name.split(".")[0] for name in imports_of(path)}
-        assert not tops & {"experiments", "scripts", "notebooks", "benchmarks", "tests"}, path
+        assert "experiments" not in {name.split(".")[0] for name in imports_of(path)}, path
 
 
 @pytest.mark.parametrize("library", HOMES)

@@ -9,9 +9,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from experiments import select
+from experiments.figures.style import OPTIMIZERS
 from experiments.identity import run_path
 from experiments.train import CONFIGS
-from kfac2.figures.style import OPTIMIZERS
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME = ROOT / "results" / "deep_linear_mlp"

@@ -29,7 +29,8 @@ class CoarseSpace:
 
     The optimizer calls ``accumulate`` after each back-propagation, ``fold`` and ``refresh`` when a
     refresh is due, and ``restrict``, ``solve``, ``prolong`` in every step. A study of another coarse space
-    overrides what it changes (``kfac2.study``), and names in ``tensors`` and ``counters`` what it must remember.
+    overrides what it changes (as ``experiments/study`` does), and names in ``tensors`` and ``counters`` what
+    it must remember.
 
     With the sums ``α_i = 1ᵀ a_i`` and ``γ_i = 1ᵀ g_i`` of each sample and position,
 

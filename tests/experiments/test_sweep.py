@@ -13,14 +13,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from experiments import select
+from experiments.figures.grid import Winner
+from experiments.figures.style import OPTIMIZERS
 from experiments.identity import run_path
 from experiments.overrides import check_overrides
 from experiments.schema import processes
 from experiments.select import Grid, expand
 from experiments.train import CONFIGS, build_training, run_directories, train
-from kfac2.figures.grid import Winner
-from kfac2.figures.style import OPTIMIZERS
-from kfac2.training.records import RunDirectory
+from experiments.training.records import RunDirectory
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = ["problem.depth=2", "problem.train_samples=64", "problem.test_samples=8", "training.epochs=1"]

@@ -10,15 +10,15 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
+from experiments.figures import scales
 from experiments.identity import identity, run_path
 from experiments.overrides import check_overrides
+from experiments.problems import Cifar10, CifarResNet
+from experiments.problems.cifar10 import Split
 from experiments.schema import fast_bfloat16
 from experiments.train import CONFIGS, build_training, check_machine, run_directories, train
 from kfac2 import KFAC, TwoLevelKFAC
-from kfac2.figures import scales
 from kfac2.optim.first_order import SGD, Adam
-from kfac2.problems import Cifar10, CifarResNet
-from kfac2.problems.cifar10 import Split
 from tests.problems.cifar_files import write_parquet
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kfac2.figures.style import RC
+from experiments.figures.style import RC
 
 WriteRecord = Callable[..., Path]
 PREVIEW = "resnet20_cifar10_preview"

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kfac2.figures import (
+from experiments.figures import (
     Panel,
     accuracy_figure,
     figure1,
@@ -17,7 +17,7 @@ from kfac2.figures import (
     loss_against_epochs,
     save_figure,
 )
-from kfac2.figures.style import OPTIMIZERS, optimizer_styles
+from experiments.figures.style import OPTIMIZERS, optimizer_styles
 
 PROBLEM = "deep_linear_mlp"
 

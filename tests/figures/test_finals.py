@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from kfac2.figures import Panel, final_markdown, final_table, load_records, order_table
+from experiments.figures import Panel, final_markdown, final_table, load_records, order_table
 
 PROBLEM = "resnet20_cifar10_preview"
 Write = Callable[..., Path]

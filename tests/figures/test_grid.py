@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from kfac2.figures import (
+from experiments.figures import (
     NoRecordsError,
     Point,
     RecordError,
@@ -20,8 +20,8 @@ from kfac2.figures import (
     winners,
     winners_frame,
 )
-from kfac2.figures.grid import is_decided
-from kfac2.figures.sensitivity import at_paper_settings, best_of_each_rate, sensitivity_figure
+from experiments.figures.grid import is_decided
+from experiments.figures.sensitivity import at_paper_settings, best_of_each_rate, sensitivity_figure
 
 PROBLEM = "deep_linear_mlp"
 Write = Callable[..., Path]

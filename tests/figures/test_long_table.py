@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from kfac2.figures import NoRecordsError, RecordError, load_records, seed_table
+from experiments.figures import NoRecordsError, RecordError, load_records, seed_table
 
 PROBLEM = "resnet20_cifar10_preview"
 Write = Callable[..., Path]

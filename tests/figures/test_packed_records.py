@@ -9,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kfac2.figures import RecordError, load_record, load_records
-from kfac2.figures.study.records import load_measurement
+from experiments.figures import RecordError, load_record, load_records
+from experiments.figures.study.records import load_measurement
 from tests.figures.conftest import write_files
 
 Write = Callable[..., Path]

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.transforms import Bbox
 
-from kfac2.figures import Panel, accuracy_figure, figure1, figure1_seconds, load_records
+from experiments.figures import Panel, accuracy_figure, figure1, figure1_seconds, load_records
 
 PREVIEW = "resnet20_cifar10_preview"
 Write = Callable[..., Path]

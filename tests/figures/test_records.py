@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kfac2.figures import NoRecordsError, RecordError, load_record, load_records
+from experiments.figures import NoRecordsError, RecordError, load_record, load_records
 
 
 def test_record_properties(write_record: Callable[..., Path]) -> None:

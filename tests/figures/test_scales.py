@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from kfac2.figures import NoRecordsError, load_records
-from kfac2.figures.scales import SCALES, find_resnet
+from experiments.figures import NoRecordsError, load_records
+from experiments.figures.scales import SCALES, find_resnet
 
 Place = tuple[str, str]
 ALL = ("sgd", "adam", "kfac", "two_level_kfac")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kfac2.figures import Point, grid_table
-from kfac2.figures.style import OPTIMIZERS
+from experiments.figures import Point, grid_table
+from experiments.figures.style import OPTIMIZERS
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,7 +103,9 @@ def places(tmp_path: Path) -> list[str | Path]:
 @pytest.fixture
 def without_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of the text: most of a script's time is matplotlib's."""
-    monkeypatch.setattr("kfac2.figures.save_figure", lambda _, path, name: path.mkdir(exist_ok=True) or [])
+    monkeypatch.setattr(
+        "experiments.figures.save_figure", lambda _, path, name: path.mkdir(exist_ok=True) or []
+    )
 
 
 def test_figure1_with_both_panels(
@@ -215,7 +217,7 @@ def test_a_damaged_reference_is_an_error(write_record: Callable[..., Path], tmp_
 
 
 def test_figures_need_only_records_and_plotting_libraries() -> None:
-    allowed = {"kfac2.figures", "matplotlib", "numpy", "pandas", "scipy"}
+    allowed = {"experiments.figures", "matplotlib", "numpy", "pandas", "scipy"}
     for source in (ROOT / "kfac2" / "figures").glob("*.py"):
         for node in ast.walk(ast.parse(source.read_text())):
             modules = []

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from kfac2.figures import paired_difference, seed_interval, seed_median, seed_table
+from experiments.figures import paired_difference, seed_interval, seed_median, seed_table
 
 
 def table(*rows: list[float]) -> pd.DataFrame:

@@ -12,14 +12,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 from matplotlib import pyplot as plt
 
+from experiments.figures import save_figure
+from experiments.figures.study.microscope import DIRECTIONS, MATRICES
+from experiments.figures.study.questions import QUESTIONS
+from experiments.figures.study.records import Study
 from experiments.identity import identity, run_path
 from experiments.measurement import measured_directory
 from experiments.select import expand
 from experiments.train import CONFIGS
-from kfac2.figures import save_figure
-from kfac2.figures.study.microscope import DIRECTIONS, MATRICES
-from kfac2.figures.study.questions import QUESTIONS
-from kfac2.figures.study.records import Study
 from tests.figures.conftest import write_files
 
 ROOT = Path(__file__).parents[2]

@@ -9,14 +9,14 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from kfac2.figures import NoRecordsError, RecordError
-from kfac2.figures.long_table import record_labels
-from kfac2.figures.statistics import paired_ratio
-from kfac2.figures.study.arms import arm_markdown, arm_table, arms_figure
-from kfac2.figures.study.lines import best_of, goal_table, good_region, line_table, ratio_row
-from kfac2.figures.study.microscope import change_markdown, direction_table, over_seeds
-from kfac2.figures.study.records import choose, load_measurement, load_trainings
-from kfac2.figures.study.settings import FULL, ONE_LEVEL
+from experiments.figures import NoRecordsError, RecordError
+from experiments.figures.long_table import record_labels
+from experiments.figures.statistics import paired_ratio
+from experiments.figures.study.arms import arm_markdown, arm_table, arms_figure
+from experiments.figures.study.lines import best_of, goal_table, good_region, line_table, ratio_row
+from experiments.figures.study.microscope import change_markdown, direction_table, over_seeds
+from experiments.figures.study.records import choose, load_measurement, load_trainings
+from experiments.figures.study.settings import FULL, ONE_LEVEL
 
 Write = Callable[..., Path]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kfac2.figures import load_records, summarize
-from kfac2.figures.verdict import RULE, check_rule, verdict
+from experiments.figures import load_records, summarize
+from experiments.figures.verdict import RULE, check_rule, verdict
 
 PROBLEM = "deep_linear_mlp"
 

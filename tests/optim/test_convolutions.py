@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments.problems import cifar_resnet
 from kfac2 import KFAC, TwoLevelKFAC
-from kfac2.problems import cifar_resnet
 
 BATCH, POSITIONS, CHANNELS, CLASSES = 6, 5, 3, 4
 each_level = pytest.mark.parametrize(

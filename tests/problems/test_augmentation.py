@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchvision.transforms.functional as TF
 
-from kfac2.problems.augmentation import MEAN, STANDARD_DEVIATION, crop_and_flip, normalise
+from experiments.problems.augmentation import MEAN, STANDARD_DEVIATION, crop_and_flip, normalise
 from tests.problems.cifar_files import pixels
 
 SAMPLES = 64

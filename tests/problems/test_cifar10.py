@@ -11,7 +11,7 @@ import pytest
 import torch
 from torchvision.datasets import CIFAR10
 
-from kfac2.problems import Cifar10, Cifar10NotFound, DataError
+from experiments.problems import Cifar10, Cifar10NotFound, DataError
 from scripts import get_cifar10
 from tests.problems.cifar_files import (
     TEST,
@@ -107,7 +107,7 @@ def test_torchvision_s_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_download_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = write_torchvision(tmp_path / "original", monkeypatch) / CIFAR10.base_folder
-    monkeypatch.setattr("kfac2.problems.cifar10._connect", lambda url: None)
+    monkeypatch.setattr("experiments.problems.cifar10._connect", lambda url: None)
 
     def cut_off(self: CIFAR10) -> None:
         (Path(self.root) / CIFAR10.base_folder).mkdir()
@@ -143,7 +143,7 @@ def test_a_network_that_swallows_packets_is_given_up_soon(
         over.wait(30)
 
     monkeypatch.setattr(urllib.request, "urlopen", hang)
-    monkeypatch.setattr("kfac2.problems.cifar10.SECONDS_TO_CONNECT", 0.1)
+    monkeypatch.setattr("experiments.problems.cifar10.SECONDS_TO_CONNECT", 0.1)
     with pytest.raises(Cifar10NotFound, match=r"did not answer in 0\.1 s"):
         Cifar10(root=str(tmp_path)).load()
     over.set()

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from experiments.problems import DeepLinearMLP
 from kfac2 import KFAC, TwoLevelKFAC
 from kfac2.optim.first_order import SGD, Adam
-from kfac2.problems import DeepLinearMLP
 
 SMALL: dict[str, Any] = {"depth": 4, "train_samples": 96, "test_samples": 24}
 OPTIMIZERS = {

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac2.problems import Cifar10, CifarResNet, DataError, cifar_resnet
-from kfac2.problems.augmentation import crop_and_flip, normalise
-from kfac2.problems.resnet import BasicBlock
+from experiments.problems import Cifar10, CifarResNet, DataError, cifar_resnet
+from experiments.problems.augmentation import crop_and_flip, normalise
+from experiments.problems.resnet import BasicBlock
 from tests.problems.cifar_files import TEST, TRAIN, write_parquet
 
 
@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """A complete one, in the eyes of the problem."""
-    monkeypatch.setattr("kfac2.problems.resnet.IMAGES", {"train": TRAIN, "test": TEST})
+    monkeypatch.setattr("experiments.problems.resnet.IMAGES", {"train": TRAIN, "test": TEST})
 
 
 def problem(folder: Path, seed: int = 0, **options) -> CifarResNet:
@@ -140,7 +140,7 @@ def test_batches_are_the_augmented_images_in_a_new_order(folder: Path) -> None:
 
 
 def test_test_batches_are_not_augmented(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kfac2.problems.resnet.EVALUATION_BATCH", 8)
+    monkeypatch.setattr("experiments.problems.resnet.EVALUATION_BATCH", 8)
     p = problem(folder)
     images, targets = (torch.cat(parts) for parts in zip(*p.test_batches(), strict=True))
     assert torch.equal(images, normalise(p.test_images))

@@ -8,16 +8,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.testing import assert_close
 
-from kfac2 import TwoLevelKFAC
-from kfac2.problems import DeepLinearMLP
-from kfac2.study.fisher import DampedFisher, frozen_statistics, logit_jacobian
-from kfac2.study.microscope import (
+from experiments.problems import DeepLinearMLP
+from experiments.study.fisher import DampedFisher, frozen_statistics, logit_jacobian
+from experiments.study.microscope import (
     Layout,
     coarse_numbers,
     direction_errors,
     pcg_iterations,
     preconditioners,
 )
+from kfac2 import TwoLevelKFAC
 from tests.reference.fisher import labelled_fisher
 from tests.reference.precision import float64
 

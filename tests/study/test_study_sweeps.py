@@ -12,8 +12,8 @@ from hydra import compose, initialize_config_dir
 
 from experiments import select
 from experiments.select import Grid, expand
+from experiments.study.variants import VARIANTS
 from experiments.train import CONFIGS
-from kfac2.study.variants import VARIANTS
 
 ROOT = Path(__file__).parents[2]
 STUDY = runpy.run_path(str(ROOT / "scripts" / "run_study.py"))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from experiments.study import variants
+from experiments.study.variants import VARIANTS, Observed, Permuted, RandomBasis, Scheduled, two_level_variant
 from kfac2 import TwoLevelKFAC
-from kfac2.study import variants
-from kfac2.study.variants import VARIANTS, Observed, Permuted, RandomBasis, Scheduled, two_level_variant
 from tests.optim.test_trajectories import compare, options_for
 from tests.reference.coarse import LiteralTwoLevelKFAC, matrix_absolute
 from tests.reference.fisher import restriction, vec

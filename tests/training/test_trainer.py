@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 import torch
 
+from experiments.problems import Cifar10, CifarResNet, DeepLinearMLP
+from experiments.training.records import RunDirectory, write_atomically
+from experiments.training.tracking import NoTracker, WandbTracker, summary
+from experiments.training.trainer import Training, TrainingSettings
 from kfac2 import TwoLevelKFAC
 from kfac2.optim.first_order import SGD, Adam
-from kfac2.problems import Cifar10, CifarResNet, DeepLinearMLP
-from kfac2.training.records import RunDirectory, write_atomically
-from kfac2.training.tracking import NoTracker, WandbTracker, summary
-from kfac2.training.trainer import Training, TrainingSettings
 from tests.problems.cifar_files import write_parquet
 
 SMALL: dict[str, Any] = {"depth": 3, "train_samples": 100, "test_samples": 30}

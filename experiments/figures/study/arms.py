@@ -9,10 +9,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kfac2.figures.curves import loss_against_epochs
-from kfac2.figures.figures import set_title
-from kfac2.figures.markdown import LOST, markdown_table, mean_with_interval, number, range_and_lost
-from kfac2.figures.statistics import (
+from experiments.figures.curves import loss_against_epochs
+from experiments.figures.figures import set_title
+from experiments.figures.markdown import LOST, markdown_table, mean_with_interval, number, range_and_lost
+from experiments.figures.statistics import (
     FINAL_EPOCHS,
     final_losses,
     final_summary,
@@ -21,9 +21,9 @@ from kfac2.figures.statistics import (
     seed_median,
     seed_table,
 )
-from kfac2.figures.study.drawing import panels, plain_log
-from kfac2.figures.study.settings import FULL, ONE_LEVEL
-from kfac2.figures.style import OPTIMIZERS, RC, Style
+from experiments.figures.study.drawing import panels, plain_log
+from experiments.figures.study.settings import FULL, ONE_LEVEL
+from experiments.figures.style import OPTIMIZERS, RC, Style
 
 Arms = Mapping[str, pd.DataFrame]
 TRACES = {"nu": "ν", "coarse_ratio": "correction / one-level step"}

@@ -4,10 +4,10 @@ from typing import Literal, NamedTuple
 
 import pandas as pd
 
-from kfac2.figures.curves import remarks
-from kfac2.figures.long_table import by_optimizer
-from kfac2.figures.statistics import seed_median, seed_table
-from kfac2.figures.style import OPTIMIZERS
+from experiments.figures.curves import remarks
+from experiments.figures.long_table import by_optimizer
+from experiments.figures.statistics import seed_median, seed_table
+from experiments.figures.style import OPTIMIZERS
 
 TOLERANCE = 0.2
 GAIN = 0.8

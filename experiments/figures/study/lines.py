@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kfac2.figures.markdown import (
+from experiments.figures.markdown import (
     LOST,
     lost,
     markdown_table,
@@ -15,7 +15,7 @@ from kfac2.figures.markdown import (
     plain,
     range_and_lost,
 )
-from kfac2.figures.statistics import final_losses, final_summary, paired_ratio, seed_table
+from experiments.figures.statistics import final_losses, final_summary, paired_ratio, seed_table
 
 NEAR_BEST = 1.1  # a setting is good where the median is at most this times the line's lowest
 GOALS = (0.05, 0.04)  # training losses that a line's best setting is timed to

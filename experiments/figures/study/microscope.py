@@ -8,12 +8,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kfac2.figures.curves import add_legend
-from kfac2.figures.figures import set_title
-from kfac2.figures.markdown import markdown_table, mean_with_interval, number
-from kfac2.figures.statistics import seed_interval
-from kfac2.figures.study.drawing import draw_line, panels, plain_log
-from kfac2.figures.style import OPTIMIZERS, RC, Style
+from experiments.figures.curves import add_legend
+from experiments.figures.figures import set_title
+from experiments.figures.markdown import markdown_table, mean_with_interval, number
+from experiments.figures.statistics import seed_interval
+from experiments.figures.study.drawing import draw_line, panels, plain_log
+from experiments.figures.style import OPTIMIZERS, RC, Style
 
 DIRECTIONS = {
     "none": Style("SGD (the gradient)", OPTIMIZERS["sgd"].color, ":"),

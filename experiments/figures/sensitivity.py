@@ -8,10 +8,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kfac2.figures.curves import PlainLogFormatter, add_legend
-from kfac2.figures.figures import set_title
-from kfac2.figures.long_table import record_labels
-from kfac2.figures.style import PANEL_SIZE, RC, Style, optimizer_styles
+from experiments.figures.curves import PlainLogFormatter, add_legend
+from experiments.figures.figures import set_title
+from experiments.figures.long_table import record_labels
+from experiments.figures.style import PANEL_SIZE, RC, Style, optimizer_styles
 
 SIDE_STEP = 1.04  # so that the bars of two optimizers at one learning rate do not hide each other
 AT_PAPER = r"(paper|lr=[^,]*)"  # variants that differ from the paper's settings in the learning rate at most

@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
 from matplotlib.transforms import ScaledTranslation
 
-from kfac2.figures.long_table import by_optimizer
-from kfac2.figures.statistics import seed_interval, seed_table
-from kfac2.figures.style import Style, optimizer_styles
+from experiments.figures.long_table import by_optimizer
+from experiments.figures.statistics import seed_interval, seed_table
+from experiments.figures.style import Style, optimizer_styles
 
 METRIC_LABELS = {
     "train_loss": "training loss",

@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kfac2.figures.long_table import record_labels
-from kfac2.figures.markdown import mean_with_interval, plain
-from kfac2.figures.statistics import final_losses, paired_difference
-from kfac2.figures.study.arms import RULE, Arms, arm_markdown, arm_table, arms_figure
-from kfac2.figures.study.lines import (
+from experiments.figures.long_table import record_labels
+from experiments.figures.markdown import mean_with_interval, plain
+from experiments.figures.statistics import final_losses, paired_difference
+from experiments.figures.study.arms import RULE, Arms, arm_markdown, arm_table, arms_figure
+from experiments.figures.study.lines import (
     NEAR_BEST,
     best_of,
     goal_markdown,
@@ -22,7 +22,7 @@ from kfac2.figures.study.lines import (
     ratio_markdown,
     ratio_row,
 )
-from kfac2.figures.study.microscope import (
+from experiments.figures.study.microscope import (
     PCG_LIMIT,
     STATISTICS,
     change_markdown,
@@ -32,15 +32,15 @@ from kfac2.figures.study.microscope import (
     microscope_figure,
     spectrum_markdown,
 )
-from kfac2.figures.study.question_figures import (
+from experiments.figures.study.question_figures import (
     MLP,
     convolutions_figure,
     damping_figure,
     depth_figure,
     tuning_figure,
 )
-from kfac2.figures.study.records import Study, choose
-from kfac2.figures.study.settings import (
+from experiments.figures.study.records import Study, choose
+from experiments.figures.study.settings import (
     BASES,
     BEST_ONE,
     CONTROLS,

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from kfac2.figures.curves import machines, remarks, seed_counts
-from kfac2.figures.long_table import by_optimizer
-from kfac2.figures.markdown import markdown_table, mean_with_interval, number
-from kfac2.figures.statistics import SLOW_LOSS, seed_interval, seed_median, seed_table
-from kfac2.figures.style import optimizer_styles
-from kfac2.figures.verdict import RULE, Check, check_rule, verdict
+from experiments.figures.curves import machines, remarks, seed_counts
+from experiments.figures.long_table import by_optimizer
+from experiments.figures.markdown import markdown_table, mean_with_interval, number
+from experiments.figures.statistics import SLOW_LOSS, seed_interval, seed_median, seed_table
+from experiments.figures.style import optimizer_styles
+from experiments.figures.verdict import RULE, Check, check_rule, verdict
 
 
 class Summary(NamedTuple):

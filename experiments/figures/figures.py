@@ -11,8 +11,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kfac2.figures import curves
-from kfac2.figures.style import PANEL_SIZE, RC, Style, optimizer_styles
+from experiments.figures import curves
+from experiments.figures.style import PANEL_SIZE, RC, Style, optimizer_styles
 
 TITLE_WIDTH = 45  # characters that fit above one panel
 

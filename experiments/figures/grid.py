@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from kfac2.figures.long_table import load_records, record_labels
-from kfac2.figures.markdown import markdown_table, mean_with_interval, number, plain
-from kfac2.figures.records import NoRecordsError, RecordError, read_provenance
-from kfac2.figures.statistics import (
+from experiments.figures.long_table import load_records, record_labels
+from experiments.figures.markdown import markdown_table, mean_with_interval, number, plain
+from experiments.figures.records import NoRecordsError, RecordError, read_provenance
+from experiments.figures.statistics import (
     FINAL_EPOCHS,
     final_losses,
     final_summary,
     paired_difference,
     seed_interval,
 )
-from kfac2.figures.style import optimizer_styles
+from experiments.figures.style import optimizer_styles
 
 COMPLETE = "complete"
 NUMBERS = ("diverged", "median", "mean", "low", "high", "lowest", "highest")

@@ -7,11 +7,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kfac2.figures.curves import add_legend, loss_against_epochs, loss_against_seconds
-from kfac2.figures.figures import set_title
-from kfac2.figures.study.arms import Arms, as_optimizers, draw_ratios, draw_trace, styles
-from kfac2.figures.study.drawing import OVER_SEEDS, draw_line, only_these, panels, plain_log
-from kfac2.figures.style import OPTIMIZERS, RC, Style
+from experiments.figures.curves import add_legend, loss_against_epochs, loss_against_seconds
+from experiments.figures.figures import set_title
+from experiments.figures.study.arms import Arms, as_optimizers, draw_ratios, draw_trace, styles
+from experiments.figures.study.drawing import OVER_SEEDS, draw_line, only_these, panels, plain_log
+from experiments.figures.style import OPTIMIZERS, RC, Style
 
 MLP = "64-layer linear MLP"
 

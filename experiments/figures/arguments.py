@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from kfac2.figures.figures import Panel
-from kfac2.figures.long_table import load_records
-from kfac2.figures.records import NoRecordsError, RecordError
-from kfac2.figures.scales import SCALES, find_resnet
+from experiments.figures.figures import Panel
+from experiments.figures.long_table import load_records
+from experiments.figures.records import NoRecordsError, RecordError
+from experiments.figures.scales import SCALES, find_resnet
 
 CONTROL = "batch_size=128"  # SGD and Adam at the K-FACs' batch: in the table, not in the figure
 

@@ -1,9 +1,9 @@
 """Figures and tables from the records of training: DataFrame in, Figure out."""
 
-from kfac2.figures.curves import accuracy_against_epochs, loss_against_epochs, loss_against_seconds
-from kfac2.figures.figures import Panel, accuracy_figure, figure1, figure1_seconds, save_figure
-from kfac2.figures.finals import final_markdown, final_table, order_table
-from kfac2.figures.grid import (
+from experiments.figures.curves import accuracy_against_epochs, loss_against_epochs, loss_against_seconds
+from experiments.figures.figures import Panel, accuracy_figure, figure1, figure1_seconds, save_figure
+from experiments.figures.finals import final_markdown, final_table, order_table
+from experiments.figures.grid import (
     Point,
     Winner,
     grid_markdown,
@@ -12,10 +12,10 @@ from kfac2.figures.grid import (
     winners,
     winners_frame,
 )
-from kfac2.figures.long_table import by_optimizer, load_records
-from kfac2.figures.records import NoRecordsError, Record, RecordError, load_record
-from kfac2.figures.sensitivity import sensitivity_figure
-from kfac2.figures.statistics import (
+from experiments.figures.long_table import by_optimizer, load_records
+from experiments.figures.records import NoRecordsError, Record, RecordError, load_record
+from experiments.figures.sensitivity import sensitivity_figure
+from experiments.figures.statistics import (
     final_losses,
     paired_difference,
     paired_ratio,
@@ -23,7 +23,7 @@ from kfac2.figures.statistics import (
     seed_median,
     seed_table,
 )
-from kfac2.figures.summary import Summary, summarize
+from experiments.figures.summary import Summary, summarize
 
 __all__ = [
     "NoRecordsError",

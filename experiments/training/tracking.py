@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from kfac2.training.records import Row
+from experiments.training.records import Row
 
 FINAL_EPOCHS = 5
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kfac2.figures.long_table import load_records
-from kfac2.figures.records import (
+from experiments.figures.long_table import load_records
+from experiments.figures.records import (
     DAMAGED,
     PROVENANCE,
     SEED_PREFIX,

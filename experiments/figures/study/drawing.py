@@ -7,9 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from kfac2.figures.curves import PlainLogFormatter
-from kfac2.figures.markdown import plain
-from kfac2.figures.style import PANEL_SIZE, Style
+from experiments.figures.curves import PlainLogFormatter
+from experiments.figures.markdown import plain
+from experiments.figures.style import PANEL_SIZE, Style
 
 OVER_SEEDS = "median and range over 10 seeds"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from kfac2.figures.records import (
+from experiments.figures.records import (
     CURVES,
     PROVENANCE,
     SEED_PREFIX,

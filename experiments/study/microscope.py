@@ -8,8 +8,8 @@ import torch
 from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 
+from experiments.study.fisher import DampedFisher
 from kfac2.optim.preconditioner import Preconditioner
-from kfac2.study.fisher import DampedFisher
 
 Operator = Callable[[Tensor], Tensor]
 PCG_TOLERANCE = 1e-6  # of the residual, relative

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kfac2.training.problem import Problem
-from kfac2.training.records import Row, RunDirectory
-from kfac2.training.tracking import Tracker
+from experiments.training.problem import Problem
+from experiments.training.records import Row, RunDirectory
+from experiments.training.tracking import Tracker
 
 OptimizerFactory = Callable[..., Any]
 """``factory(model, likelihood=..., generator=...)``."""

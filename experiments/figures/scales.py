@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from kfac2.figures.records import NoRecordsError
-from kfac2.figures.style import OPTIMIZERS
+from experiments.figures.records import NoRecordsError
+from experiments.figures.style import OPTIMIZERS
 
 
 class Scale(NamedTuple):

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from kfac2.figures.statistics import SLOW_LOSS
+from experiments.figures.statistics import SLOW_LOSS
 
 
 def number(value: float, form: str = "{:.4f}") -> str:

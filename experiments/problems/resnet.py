@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac2.problems.augmentation import crop_and_flip, normalise
-from kfac2.problems.cifar10 import CLASSES, IMAGES, JPEG_COPY, Cifar10, DataError
+from experiments.problems.augmentation import crop_and_flip, normalise
+from experiments.problems.cifar10 import CLASSES, IMAGES, JPEG_COPY, Cifar10, DataError
 
 CHANNELS = (16, 32, 64)
 EVALUATION_BATCH = 500

@@ -1,0 +1,7 @@
+"""Problems: model, data, loss and metrics, blind to the optimizer."""
+
+from experiments.problems.cifar10 import Cifar10, Cifar10NotFound, DataError
+from experiments.problems.deep_linear import DeepLinearMLP
+from experiments.problems.resnet import CifarResNet, cifar_resnet
+
+__all__ = ["Cifar10", "Cifar10NotFound", "CifarResNet", "DataError", "DeepLinearMLP", "cifar_resnet"]
