@@ -40,7 +40,9 @@ $(READY): pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e '.[experiments,dev]'
+	@# compat: scripts and notebooks find experiments/ too, which is not installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--config-settings editable_mode=compat -e '.[experiments,dev]'
 	touch $@
 
 runs-mlp: $(READY) ## train what is missing of the deep linear MLP, into runs/
