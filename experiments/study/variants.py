@@ -1,6 +1,8 @@
 """Coarse spaces that take the two-level correction apart: each changes one thing of ``CoarseSpace``."""
 
 from collections.abc import Callable, Sequence
+from itertools import combinations
+from math import prod, sqrt
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 
 from kfac2.curvature import CoarseSpace
 from kfac2.curvature.coarse import Blocks, Maps
+from kfac2.curvature.grids import pair_grid
 from kfac2.optim.kfac import TwoLevelKFAC
 
 
@@ -15,7 +18,7 @@ class Diagonal(CoarseSpace):
     """Only the diagonal of F̃_coarse: a correction within layers, none between them."""
 
     def matrix(self) -> Tensor:
-        return super().matrix().diagonal(dim1=-2, dim2=-1).diag_embed()
+        return _diagonal(super().matrix())
 
 
 class DampingOnly(CoarseSpace):
@@ -193,6 +196,62 @@ class Observed(CoarseSpace):
         self.exact.discard_sample()
 
 
+class AuthorsScale(CoarseSpace):
+    """Positions scaled as in the authors' code at the paper's date: off the diagonal they are not divided out.
+
+    The diagonal is eq. 7's. An off-diagonal entry multiplies sums over the positions of the pair's grid, where
+    ``CoarseSpace`` multiplies means and scales by ``sqrt(T_i T_j)``: ``T² / sqrt(T_i T_j)`` times as large, ``T``
+    that grid's positions, which is T between layers of one resolution (64, 256, 1,024 for maps of 8², 16², 32²).
+    The matrix is indefinite.
+    """
+
+    tensors = (*CoarseSpace.tensors, "factors")
+
+    def bind(self, shapes: Sequence[tuple[int, int]], replicas: int, device: torch.device) -> None:
+        super().bind(shapes, replicas, device)
+        self.factors = torch.ones_like(self.grams[0, 0])
+
+    def accumulate(self, maps: Maps) -> None:
+        grids = {i: tuple(gamma.shape[2:]) for i, (_, gamma) in maps.items()}
+        for i, j in combinations(grids, 2):
+            together = prod(pair_grid(grids[i], grids[j]))
+            factor = together**2 / sqrt(prod(grids[i]) * prod(grids[j]))
+            self.factors[i, j] = self.factors[j, i] = factor
+        super().accumulate(maps)
+
+    def matrix(self) -> Tensor:
+        return self.factors * super().matrix()
+
+
+class AuthorsAccumulated(AuthorsScale):
+    """The authors' code at the paper's date: at each refresh the new off-diagonal is added to the old one.
+
+    The diagonal is the latest one alone, and the matrix is plainly inverted, whatever its eigenvalues' signs.
+    """
+
+    tensors = (*AuthorsScale.tensors, "off_diagonal")
+
+    def bind(self, shapes: Sequence[tuple[int, int]], replicas: int, device: torch.device) -> None:
+        super().bind(shapes, replicas, device)
+        self.off_diagonal = torch.zeros_like(self.grams[0])
+
+    def refresh(self, damping: float) -> Tensor:
+        latest = super().matrix()
+        self.off_diagonal = self.off_diagonal + latest - _diagonal(latest)
+        return super().refresh(damping)
+
+    def matrix(self) -> Tensor:
+        return self.off_diagonal + _diagonal(super().matrix())
+
+    def damped(self, eigenvalues: Tensor, damping: float) -> Tensor:
+        return eigenvalues + damping
+
+
+def _diagonal(matrix: Tensor) -> Tensor:
+    """The matrix without what is off its diagonal."""
+    return matrix.diagonal(dim1=-2, dim2=-1).diag_embed()
+
+
 STEPS_PER_EPOCH = 49  # of the deep linear MLP: 25,000 samples in batches of 512
 VARIANTS: dict[str, Callable[[float], CoarseSpace]] = {
     "full": lambda weight: CoarseSpace(weight=weight),
@@ -210,6 +269,8 @@ VARIANTS: dict[str, Callable[[float], CoarseSpace]] = {
     "gaussian_2": lambda weight: RandomBasis(gaussian, weight, seed=1),
     "gaussian_3": lambda weight: RandomBasis(gaussian, weight, seed=2),
     "consistent": lambda weight: ConsistentlyDamped(weight=weight),
+    "authors_scale": lambda weight: AuthorsScale(weight=weight),
+    "authors_accumulated": lambda weight: AuthorsAccumulated(weight=weight),
     "first_step": lambda weight: Scheduled(1, 1, weight),
     "first_epoch": lambda weight: Scheduled(1, STEPS_PER_EPOCH, weight),
     "after_epoch_5": lambda weight: Scheduled(5 * STEPS_PER_EPOCH + 1, None, weight),

@@ -54,7 +54,7 @@ class CoarseSpace:
         weight: factor on the correction; 0 gives one-level K-FAC.
     """
 
-    tensors: tuple[str, ...] = ("grams", "seen", "inverse", "inverts_indefinite")
+    tensors: tuple[str, ...] = ("grams", "seen", "inverse", "negative_eigenvalues")
     counters: tuple[str, ...] = ("indefinite",)
 
     def __init__(
@@ -96,8 +96,8 @@ class CoarseSpace:
         self.grams = torch.zeros(grams, *shape, dtype=torch.float64, device=device)
         self.seen = torch.zeros(shape, dtype=torch.bool, device=device)
         self.inverse = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
-        self.inverts_indefinite = torch.zeros(replicas, dtype=torch.bool, device=device)
-        """Which replicas' inverse is of a matrix with a clearly negative eigenvalue."""
+        self.negative_eigenvalues = torch.zeros(replicas, dtype=torch.int64, device=device)
+        """Per replica, how many eigenvalues of the matrix behind the inverse are clearly negative."""
         self.discard_sample()
 
     def basis(self, layer: int) -> tuple[Tensor, Tensor] | None:
@@ -172,16 +172,20 @@ class CoarseSpace:
         eigenvalue a small step, not one of size 1/λ. Returns ``(R,)``: replicas with no new inverse.
         """
         values, vectors = eigh_or_nan(self.matrix())
-        inverse = (vectors / (values.abs() + damping)[:, None, :]) @ vectors.mT
+        inverse = (vectors / self.damped(values, damping)[:, None, :]) @ vectors.mT
         threshold = (1e-6 * values.abs().amax(-1)).clamp(min=damping)
-        indefinite = values.amin(-1) < -threshold
-        self.indefinite += int(indefinite.sum())
+        negative = (values < -threshold[:, None]).sum(-1)
+        self.indefinite += int((negative > 0).sum())
         seen = self.seen.diagonal(dim1=-2, dim2=-1)
         inverse = torch.where(seen[:, :, None] & seen[:, None, :], inverse, 0.0)
         good = finite_matrices(inverse) & seen.any(-1)
         self.inverse = torch.where(matrices(good), inverse, self.inverse)
-        self.inverts_indefinite = torch.where(good, indefinite, self.inverts_indefinite)
+        self.negative_eigenvalues = torch.where(good, negative, self.negative_eigenvalues)
         return ~good
+
+    def damped(self, eigenvalues: Tensor, damping: float) -> Tensor:
+        """What the coarse matrix's eigenvalues are divided by, ``(R, L)``."""
+        return eigenvalues.abs() + damping
 
     def has_inverse(self) -> Tensor:
         """``(R,)``: which replicas have a (finite) inverse."""

@@ -172,7 +172,8 @@ class KFAC(torch.optim.SGD):
     def diagnostics(self) -> dict[str, Tensor]:
         """Of the latest step, per replica ``(R,)``: ``nu`` (ν of eq. 10), and with two levels
         ``coarse_ratio``, the norm of the coarse correction relative to the one-level update, and
-        ``coarse_indefinite``, 1 where the coarse matrix had a clearly negative eigenvalue, else 0."""
+        ``coarse_negative``, how many clearly negative eigenvalues the coarse matrix had, and
+        ``coarse_indefinite``, 1 where it had any, else 0."""
         return self.preconditioner.diagnostics
 
     @property

@@ -145,7 +145,9 @@ class Preconditioner:
         ]
         own, norm = _squared_norm(corrections, like=updates), _squared_norm(updates, like=updates)
         self.diagnostics["coarse_ratio"] = torch.where(own == 0, own, own / norm).sqrt()
-        self.diagnostics["coarse_indefinite"] = self.coarse.inverts_indefinite.to(own.dtype)
+        negative = self.coarse.negative_eigenvalues
+        self.diagnostics["coarse_indefinite"] = (negative > 0).to(own.dtype)
+        self.diagnostics["coarse_negative"] = negative.to(own.dtype)
         return [u + c for u, c in zip(updates, corrections, strict=True)]
 
     def clip(self, updates: Blocks, gradients: Blocks, lrs: Sequence[float], kl_clip: float | None) -> None:

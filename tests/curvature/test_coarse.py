@@ -136,7 +136,7 @@ def test_a_clearly_negative_eigenvalue_gets_a_small_step_and_is_counted() -> Non
         coarse.inverse[1], torch.linalg.inv(coarse.matrix()[1] + 0.5 * torch.eye(2).double())
     )
     assert coarse.indefinite == 1
-    assert coarse.inverts_indefinite.tolist() == [True, False]
+    assert coarse.negative_eigenvalues.tolist() == [1, 0]
 
 
 def test_restrict_and_prolong_are_z() -> None:

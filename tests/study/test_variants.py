@@ -1,6 +1,6 @@
 """Every variant of the coarse space against its dense definition, over trajectories in float64."""
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -12,12 +12,14 @@ from torch.testing import assert_close
 from experiments.study import variants
 from experiments.study.variants import VARIANTS, Observed, Permuted, RandomBasis, Scheduled, two_level_variant
 from kfac2 import TwoLevelKFAC
+from tests.optim.test_convolution_trajectories import SmallResNet, images, small_steps
 from tests.optim.test_trajectories import compare, options_for
-from tests.reference.coarse import LiteralTwoLevelKFAC, matrix_absolute
+from tests.reference.coarse import LiteralTwoLevelKFAC, lower_triangle, matrix_absolute
 from tests.reference.fisher import restriction, vec
-from tests.reference.kfac import LiteralKFAC
+from tests.reference.kfac import LiteralKFAC, PerLayer, eye_like
+from tests.reference.maps import grid_of, pair_grid, positions, resample, rows
 from tests.reference.precision import float64
-from tests.reference.problems import BERNOULLI, Replicated, real_step
+from tests.reference.problems import BERNOULLI, GAUSSIAN, Replicated, real_step
 
 STEPS = 10
 
@@ -117,6 +119,38 @@ class LiteralBasis(Literal):
         return self.one_level() + Z.T @ self.damped_inverse() @ Z
 
 
+class LiteralAuthorsScale(Literal):
+    """Off the diagonal, sums over positions in place of means; a layer with one position meets an average."""
+
+    def statistics(self, a: PerLayer, g: PerLayer) -> dict[Hashable, Tensor]:
+        statistics = super().statistics(a, g)
+        for i, j in lower_triangle([name for name in self.layers if name in a]):
+            if i != j:
+                statistics["A", i, j] = self.sum_over_positions(a, i, j)
+                statistics["G", i, j] = self.sum_over_positions(g, i, j)
+        return statistics
+
+    def sum_over_positions(self, maps: PerLayer, i: str, j: str) -> Tensor:
+        one, other = maps[i], maps[j]
+        grid = () if 1 in (positions(one), positions(other)) else pair_grid(grid_of(one), grid_of(other))
+        left, right = (rows(resample(x, grid, self.resample)) for x in (one, other))
+        return left.T @ right / len(one)
+
+
+class LiteralAuthorsAccumulated(LiteralAuthorsScale):
+    """An upper triangle that is added to, a diagonal that is overwritten, a plain inverse."""
+
+    def form_preconditioner(self) -> Tensor:
+        latest = super().coarse_matrix()
+        self.kept = getattr(self, "kept", torch.zeros_like(latest))
+        for i in range(len(latest)):
+            self.kept[i, i] = latest[i, i]
+            for j in range(i):
+                self.kept[i, j] = self.kept[j, i] = self.kept[i, j] + latest[i, j]
+        Z = restriction(self.sizes)
+        return self.one_level() + Z.T @ torch.linalg.inv(self.kept + self.damping * eye_like(latest)) @ Z
+
+
 class LiteralScheduled(Literal):
     def form_preconditioner(self) -> Tensor:
         self.blocks = self.one_level()
@@ -140,6 +174,8 @@ TWINS: dict[str, tuple[type[Literal], dict[str, Any]]] = {
     "gaussian": (LiteralBasis, {}),
     **{name: (LiteralBasis, {}) for name in ("signs_2", "signs_3", "gaussian_2", "gaussian_3")},
     "consistent": (LiteralConsistent, {}),
+    "authors_scale": (LiteralAuthorsScale, {}),
+    "authors_accumulated": (LiteralAuthorsAccumulated, {}),
     "first_step": (LiteralScheduled, {}),
     "first_epoch": (LiteralScheduled, {}),
     "after_epoch_5": (LiteralScheduled, {}),
@@ -170,7 +206,37 @@ def test_a_variant_is_its_dense_definition(name: str, bias: bool) -> None:
         torch.allclose(a, b, rtol=1e-6)
         for a, b in zip(reference.parameters(), model.parameters(), strict=True)
     )
-    assert same == (name in ("full", "observed"))
+    assert same == (name in ("full", "observed", "authors_scale"))  # one position: nothing to scale
+
+
+@pytest.mark.parametrize("name", ["authors_scale", "authors_accumulated"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_authors_convolutions_are_their_literal_definition(name: str, bias: bool) -> None:
+    torch.manual_seed(7)
+    network, batches = SmallResNet(2, bias), [[batch] for batch in images(GAUSSIAN)]
+    twin_of, settings = TWINS[name]
+    options = small_steps(GAUSSIAN, kl_clip=1e-3)
+    model, twin = deepcopy(network), twin_of(network, **settings, **options)
+    optimizer = two_level_variant(model, coarse=name, **options)
+    compare(optimizer, model, [twin], batches)
+    assert optimizer.coarse is not None
+    assert optimizer.coarse.indefinite > 0
+
+
+@pytest.mark.parametrize("size", [8, 16, 32])
+def test_the_authors_off_diagonals_are_as_many_times_too_large_as_a_map_has_positions(size: int) -> None:
+    torch.manual_seed(8)
+    maps = {i: (torch.randn(1, 4, size, size), torch.randn(1, 4, size, size)) for i in range(3)}
+    matrices = []
+    for name in ("full", "authors_scale"):
+        space = VARIANTS[name](1.0)
+        space.bind([(5, 4)] * 3, 1, torch.device("cpu"))
+        space.accumulate(maps)
+        space.fold(0.0)
+        matrices.append(space.matrix()[0])
+    ours, theirs = matrices
+    times = torch.full((3, 3), float(size**2)).fill_diagonal_(1)
+    assert_close(theirs, ours * times, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -190,7 +256,9 @@ def test_a_replica_evolves_as_it_would_alone(name: str) -> None:
         assert_close(value, expected.reshape(value.shape), rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["permuted", "diagonal_matched", "first_epoch", "signs"])
+@pytest.mark.parametrize(
+    "name", ["permuted", "diagonal_matched", "first_epoch", "signs", "authors_accumulated"]
+)
 def test_a_resumed_variant_goes_on_bit_identically(name: str) -> None:
     torch.manual_seed(5)
     model, batches = BERNOULLI.network(bias=True), BERNOULLI.batches(8)
