@@ -10,6 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 
 IDENTITY = ("problem", "optimizer", "training", "seeds", "device", "threads")
 BOOKKEEPING = ("label", "data", "one_record_per_seed")  # where images lie and what is said of them
+LATER = {"coarse_damping": "identity", "coarse_max_ratio": None}
+"""Settings that the first records do not name, with the value that those were made with: it goes unsaid."""
 LONGEST_NAME = 150
 
 
@@ -59,7 +61,7 @@ def variant_name(own: dict[str, Any], base: dict[str, Any]) -> str:
 def _without_bookkeeping(value: Any) -> Any:
     if isinstance(value, dict):
         kept = {k: v for k, v in value.items() if not str(k).startswith("_") and k not in BOOKKEEPING}
-        return {k: _without_bookkeeping(v) for k, v in kept.items()}
+        return {k: _without_bookkeeping(v) for k, v in kept.items() if k not in LATER or v != LATER[k]}
     return value
 
 

@@ -84,6 +84,8 @@ class TwoLevelKFACConfig(KFACConfig):
     coarse_grid: str = "pairwise"
     resample: str = "nearest"
     coarse_weight: float = 1.0
+    coarse_damping: str = "identity"
+    coarse_max_ratio: float | None = None
 
 
 @dataclass

@@ -136,24 +136,7 @@ class RandomBasis(CoarseSpace):
     def _stacked(self, index: Tensor, gradients: Tensor) -> Tensor:
         """The patterns of some layers of one shape, ``(n, 1, d_out, d_in)``."""
         outer = [torch.outer(*self.patterns[i]) for i in index.tolist()]
-        return torch.stack(outer)[:, None].to(gradients.dtype)
-
-
-class ConsistentlyDamped(CoarseSpace):
-    """``Z (F̃ + λI) Zᵀ = F̃_coarse + λ diag(n_i)`` in place of ``F̃_coarse + λI``.
-
-    The same as rows of Z of length one, which is how it is computed.
-    """
-
-    def matrix(self) -> Tensor:
-        scale = self.sizes.rsqrt()
-        return scale[:, None] * super().matrix() * scale
-
-    def restrict(self, blocks: Blocks) -> Tensor:
-        return super().restrict(blocks) * self.sizes.rsqrt()
-
-    def prolong(self, coefficients: Tensor, blocks: Blocks) -> list[Tensor]:
-        return super().prolong(coefficients * self.sizes.rsqrt(), blocks)
+        return torch.stack(outer)[:, None].to(gradients)
 
 
 class Scheduled(CoarseSpace):
@@ -190,6 +173,10 @@ class Observed(CoarseSpace):
     def fold(self, decay: float) -> Tensor:
         rejected = self.exact.fold(decay)
         return super().fold(decay) | rejected
+
+    def to(self, device: torch.device) -> None:
+        self.exact.to(device)
+        super().to(device)
 
     def discard_sample(self) -> None:
         super().discard_sample()
@@ -268,7 +255,8 @@ VARIANTS: dict[str, Callable[[float], CoarseSpace]] = {
     "signs_3": lambda weight: RandomBasis(random_signs, weight, seed=2),
     "gaussian_2": lambda weight: RandomBasis(gaussian, weight, seed=1),
     "gaussian_3": lambda weight: RandomBasis(gaussian, weight, seed=2),
-    "consistent": lambda weight: ConsistentlyDamped(weight=weight),
+    "consistent": lambda weight: CoarseSpace(weight=weight, damping="consistent"),
+    "bounded": lambda weight: CoarseSpace(weight=weight, max_ratio=1.0),
     "authors_scale": lambda weight: AuthorsScale(weight=weight),
     "authors_accumulated": lambda weight: AuthorsAccumulated(weight=weight),
     "first_step": lambda weight: Scheduled(1, 1, weight),

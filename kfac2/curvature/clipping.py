@@ -1,5 +1,6 @@
-"""KL clipping (eq. 10)."""
+"""How long an update, and the coarse correction in it, may be."""
 
+import torch
 from torch import Tensor
 
 
@@ -9,3 +10,8 @@ def kl_clip_factor(squared_norm: Tensor, kl_clip: float) -> Tensor:
     ``squared_norm`` is the sum in the denominator, shape ``(R,)``; 0 gives ν = 1, NaN stays NaN.
     """
     return (kl_clip / squared_norm).sqrt().clamp(max=1)
+
+
+def ratio_factor(ratio: Tensor, max_ratio: float) -> Tensor:
+    """What brings a correction of relative length ``ratio`` ``(R,)`` within ``max_ratio``; NaN stays as it is."""
+    return torch.where(ratio > max_ratio, max_ratio / ratio, 1.0)

@@ -284,13 +284,25 @@ class KFAC(torch.optim.SGD):
         return f"{super().__repr__()}\nParameters:\n{lines}"
 
 
+COARSE_OPTIONS = {
+    "coarse_fisher": "fisher",
+    "coarse_grid": "grid",
+    "resample": "resample",
+    "coarse_weight": "weight",
+    "coarse_damping": "damping",
+    "coarse_max_ratio": "max_ratio",
+}
+"""What ``CoarseSpace`` calls them."""
+
+
 class TwoLevelKFAC(KFAC):
     """K-FAC with the coarse-space correction between layers (eq. 6): ``KFAC`` plus a ``CoarseSpace``.
 
     Args:
-        coarse_fisher, coarse_grid, resample, coarse_weight: see ``CoarseSpace``.
-        coarse: a ``CoarseSpace`` in place of those four.
-        **options: as for ``KFAC``.
+        coarse: a ``CoarseSpace`` in place of the options below.
+        **options: as for ``KFAC``; and ``coarse_fisher``, ``coarse_grid``, ``resample``, ``coarse_weight``,
+            ``coarse_damping`` and ``coarse_max_ratio``, which are those of ``CoarseSpace``. Their defaults are
+            the paper's; ``CoarseSpace`` says what to take outside its experiments, and why one level first.
     """
 
     def __init__(
@@ -298,16 +310,12 @@ class TwoLevelKFAC(KFAC):
         model: nn.Module,
         lr: float = 1e-3,
         *,
-        coarse_fisher: str = "kronecker",
-        coarse_grid: str = "pairwise",
-        resample: str = "nearest",
-        coarse_weight: float = 1.0,
         coarse: CoarseSpace | None = None,
         **options: Any,
     ):
-        options_of_coarse = (coarse_fisher, coarse_grid, resample, coarse_weight)
+        own = {name: options.pop(name) for name in COARSE_OPTIONS if name in options}
         if coarse is None:
-            coarse = CoarseSpace(*options_of_coarse)
-        elif options_of_coarse != ("kronecker", "pairwise", "nearest", 1.0):
-            raise ValueError("give either `coarse` or coarse_fisher, coarse_grid, resample, coarse_weight")
+            coarse = CoarseSpace(**{COARSE_OPTIONS[name]: value for name, value in own.items()})
+        elif own:
+            raise ValueError(f"give either `coarse` or {', '.join(own)}, which it has already")
         super().__init__(model, lr, coarse=coarse, **options)

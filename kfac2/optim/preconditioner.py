@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac2.curvature import CoarseSpace, kl_clip_factor
+from kfac2.curvature import CoarseSpace, kl_clip_factor, ratio_factor
 from kfac2.curvature.averages import decay_at, matrices
 from kfac2.optim.layers import Layer, Sample
 from kfac2.optim.stacks import make_stacks
@@ -144,7 +144,12 @@ class Preconditioner:
             for stack, correction in zip(self.stacks, self.coarse.prolong(coefficients, blocks), strict=True)
         ]
         own, norm = _squared_norm(corrections, like=updates), _squared_norm(updates, like=updates)
-        self.diagnostics["coarse_ratio"] = torch.where(own == 0, own, own / norm).sqrt()
+        ratio = torch.where(own == 0, own, own / norm).sqrt()
+        if self.coarse.max_ratio is not None:
+            factor = matrices(ratio_factor(ratio, self.coarse.max_ratio))
+            corrections = [correction * factor for correction in corrections]
+            ratio = ratio.clamp(max=self.coarse.max_ratio)
+        self.diagnostics["coarse_ratio"] = ratio
         negative = self.coarse.negative_eigenvalues
         self.diagnostics["coarse_indefinite"] = (negative > 0).to(own.dtype)
         self.diagnostics["coarse_negative"] = negative.to(own.dtype)

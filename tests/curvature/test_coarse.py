@@ -101,6 +101,31 @@ def test_solve_inverts_the_damped_matrix(fisher: str) -> None:
     assert coarse.indefinite == 0
 
 
+@each_fisher
+@pytest.mark.parametrize("dampings", [("identity", "consistent"), ("consistent", "identity")])
+def test_consistent_damping_is_the_coarse_matrix_of_the_damped_fisher(
+    fisher: str, dampings: tuple[str, str]
+) -> None:
+    """``Z (F + λI) Zᵀ = Z F Zᵀ + λ Z Zᵀ``; a state saved with the other damping is good until the next refresh."""
+    z = torch.block_diag(*(torch.ones(1, d_out * d_in) for d_out, d_in in SHAPES)).double()
+    squares = {"identity": torch.eye(LAYERS).double(), "consistent": z @ z.T}
+    coarse = space(fisher=fisher, damping=dampings[0])
+    observe(coarse, samples(0))
+    coarse.fold(0.0)
+    coarse.refresh(0.1)
+    other = space(fisher=fisher, damping=dampings[1])
+    other.load_state_dict(coarse.state_dict())
+    right = torch.randn(REPLICAS, LAYERS, dtype=torch.float64)
+    for r in range(REPLICAS):
+        damped = dense(fisher, samples(0), r) + 0.1 * squares[dampings[0]]
+        for one in (coarse, other):
+            torch.testing.assert_close(one.solve(right)[r], torch.linalg.solve(damped, right[r]))
+    other.refresh(0.1)
+    for r in range(REPLICAS):
+        damped = dense(fisher, samples(0), r) + 0.1 * squares[dampings[1]]
+        torch.testing.assert_close(other.solve(right)[r], torch.linalg.solve(damped, right[r]))
+
+
 def test_float64_where_float32_would_fail() -> None:
     """Eigenvalues over twelve decades, from float32 sums."""
     coarse = space(SHAPES[:2], replicas=1, fisher="exact")
@@ -256,6 +281,9 @@ def test_foreign_states_are_refused(other: dict[str, Any]) -> None:
         ({"weight": -1.0}, "coarse_weight.*-1.0"),
         ({"weight": float("nan")}, "coarse_weight.*nan"),
         ({"weight": float("inf")}, "coarse_weight.*inf"),
+        ({"damping": "none"}, "coarse_damping 'none'.*identity, consistent"),
+        ({"max_ratio": -1.0}, "coarse_max_ratio.*-1.0"),
+        ({"max_ratio": float("nan")}, "coarse_max_ratio.*nan"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

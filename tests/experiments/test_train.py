@@ -1,5 +1,6 @@
 """The command line: composition of the paper's settings, identity of a run, refusals."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -163,6 +164,19 @@ def test_identity_does_not_depend_on_how_it_was_written() -> None:
 )
 def test_a_run_s_directory_says_what_differs_from_the_paper(overrides: list[str], variant: str) -> None:
     assert run_path(config("optimizer=sgd", *overrides)).name == variant
+
+
+@pytest.mark.usefixtures("hydra")
+def test_settings_that_came_later_leave_the_committed_records_their_identity() -> None:
+    plain = config("optimizer=two_level_kfac", "runs=results")
+    committed = json.loads((ROOT / run_path(plain) / "provenance.json").read_text())["config"]
+    assert identity(plain)["optimizer"] == committed["optimizer"]
+    changed = config(
+        "optimizer=two_level_kfac", "optimizer.coarse_damping=consistent", "optimizer.coarse_max_ratio=2"
+    )
+    assert run_path(changed).name == "coarse_damping=consistent,coarse_max_ratio=2.0"
+    coarse = build_training(changed, [0]).optimizer.coarse
+    assert (coarse.damping, coarse.max_ratio) == ("consistent", 2.0)
 
 
 @pytest.mark.usefixtures("hydra")

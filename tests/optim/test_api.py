@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac2 import KFAC, TwoLevelKFAC
+from kfac2 import KFAC, CoarseSpace, TwoLevelKFAC
 from tests.optim.loop import (
     CLASSES,
     FACTORS,
@@ -96,6 +96,9 @@ def test_bad_options_are_refused(kind: type[KFAC], options: dict[str, Any], mess
         ({"coarse_grid": "finest"}, "unknown coarse_grid 'finest'.*pairwise, common"),
         ({"resample": "cubic"}, "unknown resample 'cubic'.*nearest, area"),
         ({"coarse_weight": -0.5}, "coarse_weight.*-0.5"),
+        ({"coarse_damping": "none"}, "unknown coarse_damping 'none'.*identity, consistent"),
+        ({"coarse_max_ratio": -1.0}, "coarse_max_ratio.*-1.0"),
+        ({"coarse": CoarseSpace(), "coarse_grid": "common"}, "either `coarse` or coarse_grid"),
     ],
     ids=str,
 )

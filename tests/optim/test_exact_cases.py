@@ -87,6 +87,33 @@ def test_a_coarse_weight_of_zero_is_kfac(replicas: int | None, inverse: str) -> 
         assert_close(list(two.parameters()), list(one.parameters()), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("replicas", [None, 2])
+@pytest.mark.parametrize("weight", [0.0, 1.0, 1e3])
+def test_the_bound_on_the_correction(replicas: int | None, weight: float) -> None:
+    """0 is one level, infinity no bound, and what lies between holds in each replica for itself."""
+    case = CATEGORICAL
+    networks = [case.network(bias=True) for _ in range(replicas or 1)]
+    options = options_for(case, kl_clip=None)
+    models = [Replicated(networks) if replicas else deepcopy(networks[0]) for _ in range(5)]
+    bounds: list[float | None] = [0.0, None, float("inf"), 0.5]
+    kfac = KFAC(models[4], **options)
+    zero, none, infinite, half = (
+        TwoLevelKFAC(model, coarse_weight=weight, coarse_max_ratio=bound, **options)
+        for model, bound in zip(models, bounds, strict=False)
+    )
+    for batches in zip(*[case.batches(8) for _ in networks], strict=True):
+        start = deepcopy(models[1].state_dict())
+        for model in models:
+            model.load_state_dict(start)
+        for optimizer, model in zip((zero, none, infinite, half, kfac), models, strict=True):
+            real_step(optimizer, model, batches)
+        assert_close(list(models[0].parameters()), list(models[4].parameters()), rtol=0, atol=0)
+        assert_close(list(models[1].parameters()), list(models[2].parameters()), rtol=0, atol=0)
+        assert not zero.diagnostics["coarse_ratio"].any()
+        free = none.diagnostics["coarse_ratio"]
+        assert_close(half.diagnostics["coarse_ratio"], free.clamp(max=0.5))
+
+
 ERRORS = {
     # Mean 0 and covariance I: the labels of a unit-variance Gaussian, so the true Fisher.
     "true": 2**0.5 * torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]).double(),

@@ -63,6 +63,19 @@ class LiteralConsistent(Literal):
         return self.one_level() + Z.T @ torch.linalg.inv(self.coarse_matrix() + self.damping * Z @ Z.T) @ Z
 
 
+class LiteralBounded(Literal):
+    """A correction longer than the one-level update is brought to its length."""
+
+    def form_preconditioner(self) -> Tensor:
+        Z, self.blocks = restriction(self.sizes), self.one_level()
+        self.correction = Z.T @ self.damped_inverse() @ Z
+        return self.blocks
+
+    def precondition(self, nabla: Tensor) -> Tensor:
+        own, correction = self.blocks @ nabla, self.correction @ nabla
+        return own + correction * min(1.0, own.norm() / correction.norm())
+
+
 class LiteralMatched(Literal):
     """A direction ``Zᵀ M Z ∇`` as long as the full correction."""
 
@@ -174,6 +187,7 @@ TWINS: dict[str, tuple[type[Literal], dict[str, Any]]] = {
     "gaussian": (LiteralBasis, {}),
     **{name: (LiteralBasis, {}) for name in ("signs_2", "signs_3", "gaussian_2", "gaussian_3")},
     "consistent": (LiteralConsistent, {}),
+    "bounded": (LiteralBounded, {}),
     "authors_scale": (LiteralAuthorsScale, {}),
     "authors_accumulated": (LiteralAuthorsAccumulated, {}),
     "first_step": (LiteralScheduled, {}),
