@@ -78,7 +78,7 @@ class KroneckerBlocks:
     def load(self, states: list[dict[str, Tensor]]) -> None:
         """Take over the (checked) states of all ``n`` layers."""
         new = {
-            field: torch.stack([state[field] for state in states]).to(x.device, x.dtype)
+            field: torch.stack([state[field].to(x.device, x.dtype) for state in states])
             for field, x in self._fields().items()
         }
         self.a, self.g, self.seen, self.attempted = (new[f] for f in ("a", "g", "seen", "attempted"))

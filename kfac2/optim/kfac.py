@@ -14,6 +14,7 @@ from kfac2.optim.likelihood import LIKELIHOODS, check_labels, check_output
 from kfac2.optim.options import SharedOptions, as_generators, check_choice, refuse_distributed, shared_options
 from kfac2.optim.preconditioner import Preconditioner
 from kfac2.optim.selection import Exclude, refuse_wrapped, select_layers
+from kfac2.optim.state import ENTRY, placement, with_carrier, without_entry
 
 
 class KFAC(torch.optim.SGD):
@@ -37,6 +38,7 @@ class KFAC(torch.optim.SGD):
         model: the module whose forward pass makes the output. Not compiled, not data-parallel.
         lr, momentum, weight_decay: η, μ (heavy ball on the preconditioned gradient), β (added after
             preconditioning and clipping, to every parameter).
+        dampening, nesterov, maximize: as ``torch.optim.SGD``'s, on the preconditioned gradient.
         damping: λ, not negative.
         kl_clip: κ of eq. 10; None turns clipping off.
         likelihood: what the output parametrises: ``"categorical"`` (logits ``(B, classes)``),
@@ -45,7 +47,8 @@ class KFAC(torch.optim.SGD):
         inverse: ``"eigen"`` (exact) or ``"tikhonov"`` (factored, eq. 8-9).
         factor_interval, inverse_interval: refresh factors and inverses every so many iterations.
         factor_decay: the largest ε of the running averages (Algorithm 1, line 2).
-        generator: for the label draws; one, or one per replica. None makes one, seeded from torch's.
+        generator: for the label draws; one, or one per replica. None makes one, seeded from the state of
+            torch's, which is not advanced: two optimizers built in a row draw alike.
         params: torch parameter groups; all of the model's parameters by default. ``damping``,
             ``kl_clip`` and the intervals stand in the groups, so they can be scheduled, but must agree.
         exclude: module names, or a predicate on (name, module): layers left to plain SGD.
@@ -62,6 +65,9 @@ class KFAC(torch.optim.SGD):
         *,
         momentum: float = 0.9,
         weight_decay: float = 1e-3,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        maximize: bool = False,
         damping: float = 1e-2,
         kl_clip: float | None = 1e-3,
         likelihood: str = "categorical",
@@ -87,6 +93,9 @@ class KFAC(torch.optim.SGD):
             lr=lr,
             momentum=momentum,
             weight_decay=weight_decay,
+            dampening=dampening,
+            nesterov=nesterov,
+            maximize=maximize,
         )
         shared = SharedOptions(damping, kl_clip, factor_interval, inverse_interval)._asdict()
         self.defaults.update(shared)
@@ -101,6 +110,7 @@ class KFAC(torch.optim.SGD):
         self._replicas_of_output = layers[0].replicas if layers[0].replicated else None
         self._likelihood = LIKELIHOODS[likelihood]
         self._generators = as_generators(generator, layers[0].replicas)
+        self._placement = placement(self.param_groups)
         self._capture = Capture(
             model, [layer.name for layer in layers], [layer.module for layer in layers], self._refresh_is_due
         )
@@ -125,6 +135,7 @@ class KFAC(torch.optim.SGD):
         if not self._refresh_is_due():
             return
         refuse_distributed()
+        self._follow_model()
         samples = check_output(self._likelihood, output, self._replicas_of_output)
         if labels is None:
             labels = self._likelihood.draw(output.detach(), self._generators)
@@ -154,6 +165,9 @@ class KFAC(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._only_makes_state():
+            return loss
+        self._follow_model()
         options, preconditioner = shared_options(self.param_groups), self.preconditioner
         if self._refresh_is_due():
             preconditioner.refresh_factors()
@@ -217,7 +231,9 @@ class KFAC(torch.optim.SGD):
         is_first = bool(buffers) and buffers[0] is None
         # The fused update walks raw memory: all that it reads together must have one layout.
         together = (*params, *grads, *(buffer for buffer in buffers if buffer is not None))
-        fusible = all(x.is_contiguous() and x.device.type in ("cpu", "cuda") for x in together)
+        fusible = all(
+            x.is_contiguous() and x.device.type in ("cpu", "cuda") and not x.is_complex() for x in together
+        )
         sgd(
             params,
             grads,
@@ -236,6 +252,31 @@ class KFAC(torch.optim.SGD):
             for p, buffer in zip(params, buffers, strict=True):
                 self.state[p]["momentum_buffer"] = buffer
 
+    def _only_makes_state(self) -> bool:
+        """``torch.distributed.checkpoint`` makes a fresh optimizer's state by a step without lr and gradients.
+
+        It must not count as an iteration, nor put weight decay into the momentum.
+        """
+        if self.state or any(group["lr"] for group in self.param_groups):
+            return False
+        momenta = {p: group["momentum"] for group in self.param_groups for p in group["params"]}
+        given = [p for p in momenta if p.grad is not None]
+        if any(p.grad.any() for p in given):
+            return False
+        for p in given:
+            self.state[p] = {"momentum_buffer": torch.zeros_like(p)} if momenta[p] else {}
+        return True
+
+    def _follow_model(self) -> None:
+        """After ``model.double()`` or ``model.to(device)`` the state follows the parameters."""
+        now = placement(self.param_groups)
+        if now == self._placement:
+            return
+        for p, own in self.state.items():
+            own.update({key: x.to(p) for key, x in own.items() if isinstance(x, Tensor)})
+        self.preconditioner.relocate(self.param_groups)
+        self._placement = now
+
     # -- state --------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -250,11 +291,16 @@ class KFAC(torch.optim.SGD):
     def state_dict(self) -> dict[str, Any]:
         """SGD's state and a ``"preconditioner"`` entry keyed by module name.
 
-        Taken between steps, it is everything needed to go on bit-identically.
+        Taken between steps, it is everything needed to go on bit-identically. Hooks see the entry and can
+        change it, and ``torch.distributed.checkpoint.state_dict`` brings it along (not flattened).
         """
-        generators = [generator.get_state() for generator in self._generators]
-        preconditioner = self.preconditioner.state_dict() | {"generators": generators}
-        return super().state_dict() | {"preconditioner": preconditioner}
+
+        def add(_: Any, state: dict[str, Any]) -> None:
+            generators = [generator.get_state() for generator in self._generators]
+            state[ENTRY] = self.preconditioner.state_dict() | {"generators": generators}
+
+        with self.register_state_dict_post_hook(add, prepend=True):  # ahead of hooks that want to see it
+            return with_carrier(super().state_dict(), self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a ``state_dict`` of the same kind of optimizer on the same layers, on any device.
@@ -262,16 +308,25 @@ class KFAC(torch.optim.SGD):
         Raises:
             ValueError: the state is another optimizer's or another model's.
         """
-        if "preconditioner" not in state_dict:
-            raise ValueError("the state dict has no 'preconditioner' entry: it is not a K-FAC optimizer's")
-        self.preconditioner.check_state_dict(state_dict["preconditioner"])
-        super().load_state_dict(state_dict)
-        self.preconditioner.load_state_dict(state_dict["preconditioner"])
+        entry: dict[str, Any] = {}
+
+        def take(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+            nonlocal entry
+            entry, rest = without_entry(state)
+            self.preconditioner.check_state_dict(entry)
+            return rest
+
+        # After hooks that change what is loaded, and ahead of those that look at what was.
+        before = self.register_load_state_dict_pre_hook(take)
+        after = self.register_load_state_dict_post_hook(lambda _: self._load_entry(entry), prepend=True)
+        with before, after:
+            super().load_state_dict(state_dict)
+
+    def _load_entry(self, entry: dict[str, Any]) -> None:
+        self.preconditioner.load_state_dict(entry)
         self._capture.clear()
         try:
-            for generator, saved in zip(
-                self._generators, state_dict["preconditioner"]["generators"], strict=True
-            ):
+            for generator, saved in zip(self._generators, entry["generators"], strict=True):
                 generator.set_state(saved.cpu())
         except (RuntimeError, ValueError) as error:  # generators of another device or number
             warnings.warn(f"the label draws start anew from the given generator: {error}")

@@ -41,7 +41,11 @@ class Layer:
         self.name, self.module, self.with_bias = name, module, with_bias
         self.weight: nn.Parameter = module.weight  # pyright: ignore[reportAttributeAccessIssue]
         self.bias: nn.Parameter | None = module.bias if with_bias else None  # pyright: ignore
-        self.dtype = torch.promote_types(self.weight.dtype, torch.float32)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the statistics: the weight's, float32 at least."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
 
     @staticmethod
     def unsupported(module: nn.Module) -> str | None:

@@ -41,9 +41,11 @@ def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
 def as_generators(
     given: torch.Generator | Sequence[torch.Generator] | None, replicas: int
 ) -> list[torch.Generator]:
-    """One generator, or one per replica; None makes one, seeded from torch's."""
+    """One generator, or one per replica; None makes one, seeded from torch's, which stays where it is."""
     if given is None:
-        return [torch.Generator().manual_seed(int(torch.randint(2**62, ())))]
+        fork = torch.Generator()
+        fork.set_state(torch.get_rng_state())
+        return [torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=fork)))]
     generators = [given] if isinstance(given, torch.Generator) else list(given)
     if len(generators) not in (1, replicas):
         raise ValueError(f"{len(generators)} generators for {replicas} replicas: give one, or one for each")

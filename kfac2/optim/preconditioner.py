@@ -33,6 +33,7 @@ class Preconditioner:
     ):
         self.layers, self.factor_decay, self.coarse = layers, factor_decay, coarse
         self.replicas, self.replicated = layers[0].replicas, layers[0].replicated
+        self._inverse = inverse
         self.stacks = make_stacks(layers, param_groups, inverse)
         if coarse is not None:
             shapes = [layer.matrix_shape for layer in layers]
@@ -48,6 +49,24 @@ class Preconditioner:
 
     def has_trainable_layer(self) -> bool:
         return any(layer.weight.requires_grad for layer in self.layers)
+
+    def relocate(self, param_groups: Sequence[dict[str, Any]]) -> None:
+        """Follow the layers to the types and devices they have now; a sample under way is forgotten.
+
+        Raises:
+            RuntimeError: a layer has become complex.
+        """
+        complex_now = [layer.name for layer in self.layers if layer.weight.is_complex()]
+        if complex_now:
+            raise RuntimeError(
+                f"layers {', '.join(complex_now)} have complex weights now, which have no Kronecker block: "
+                "build a new optimizer, which leaves them plain"
+            )
+        state = self.state_dict()
+        self.stacks = make_stacks(self.layers, param_groups, self._inverse)
+        if self.coarse is not None:
+            self.coarse.to(self.layers[0].weight.device)
+        self.load_state_dict(state)
 
     # -- curvature ----------------------------------------------------------------------------------
 

@@ -89,6 +89,8 @@ def _reason_for_plain(
         return "the layer's weight is not optimized"
     if any(shared[id(p)] > 1 for p in module.parameters(recurse=False)):
         return "shared with another module"
+    if module.weight.is_complex():  # pyright: ignore[reportCallIssue]
+        return "complex weights have no Kronecker block here"
     return ADAPTERS[type(module)].unsupported(module)
 
 
