@@ -231,9 +231,8 @@ class KFAC(torch.optim.SGD):
         is_first = bool(buffers) and buffers[0] is None
         # The fused update walks raw memory: all that it reads together must have one layout.
         together = (*params, *grads, *(buffer for buffer in buffers if buffer is not None))
-        fusible = all(
-            x.is_contiguous() and x.device.type in ("cpu", "cuda") and not x.is_complex() for x in together
-        )
+        fusible = all(p.device.type in ("cpu", "cuda") and not p.is_complex() for p in params)
+        fusible = fusible and all(x.is_contiguous() for x in together)
         sgd(
             params,
             grads,
