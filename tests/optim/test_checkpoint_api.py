@@ -145,6 +145,7 @@ def test_get_and_set_go_on_bit_identically(
 
 
 @each_optimizer
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_through_files_of_distributed_checkpoint(kind: type[KFAC], tmp_path: Path) -> None:
     """Its way: the fresh optimizer's state is filled in place, then set."""
     model, optimizer = trained(kind, 3)
