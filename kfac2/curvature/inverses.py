@@ -1,7 +1,8 @@
 """Damped inverses of Kronecker-factored blocks, batched over any leading axes.
 
 A block is ``A ⊗ G`` with ``A`` of shape ``(..., d_in, d_in)`` and ``G`` of shape ``(..., d_out, d_out)``;
-a gradient is ``(..., d_out, d_in)``. A matrix that cannot be inverted gives NaN in its own slot only.
+a gradient is ``(..., d_out, d_in)``. A matrix that cannot be inverted gives NaN in its own slot only; one on
+which single precision fails is tried in double precision first.
 """
 
 from typing import NamedTuple, Self
@@ -28,10 +29,18 @@ class EigenInverse(NamedTuple):
         return cls(torch.full_like(a, torch.nan), torch.full_like(g, torch.nan), a.new_full(shape, torch.nan))
 
     @classmethod
+    def identity(cls, a: Tensor, g: Tensor) -> Self:
+        """Leaves a gradient as it is."""
+        shape = (*a.shape[:-2], g.shape[-1], a.shape[-1])
+        return cls(_identity_like(a), _identity_like(g), a.new_ones(shape))
+
+    @classmethod
     def compute(cls, a: Tensor, g: Tensor, damping: float) -> Self:
         eigenvalues_a, eigenvectors_a = eigh_or_nan(a)
         eigenvalues_g, eigenvectors_g = eigh_or_nan(g)
-        products = eigenvalues_g.clamp(min=0)[..., :, None] * eigenvalues_a.clamp(min=0)[..., None, :]
+        # The largest number in place of an overflow, because infinity times zero is NaN.
+        limits = 0, torch.finfo(a.dtype).max
+        products = eigenvalues_g.clamp(*limits)[..., :, None] * eigenvalues_a.clamp(*limits)[..., None, :]
         return cls(eigenvectors_a, eigenvectors_g, 1 / (products + damping))
 
     def apply(self, gradient: Tensor) -> Tensor:
@@ -51,6 +60,11 @@ class TikhonovInverse(NamedTuple):
         return cls(torch.full_like(a, torch.nan), torch.full_like(g, torch.nan))
 
     @classmethod
+    def identity(cls, a: Tensor, g: Tensor) -> Self:
+        """Leaves a gradient as it is."""
+        return cls(_identity_like(a), _identity_like(g))
+
+    @classmethod
     def compute(cls, a: Tensor, g: Tensor, damping: float) -> Self:
         pi = matrices(tikhonov_pi(a, g))
         root = damping**0.5
@@ -68,48 +82,90 @@ INVERSES: dict[str, type[EigenInverse] | type[TikhonovInverse]] = {
 
 
 def tikhonov_pi(a: Tensor, g: Tensor) -> Tensor:
-    """π of eq. 8: ``sqrt((tr A / d_in) / (tr G / d_out))``; 1 where a trace is zero."""
-    mean_a = a.diagonal(dim1=-2, dim2=-1).mean(-1)
-    mean_g = g.diagonal(dim1=-2, dim2=-1).mean(-1)
+    """π of eq. 8: ``sqrt((tr A / d_in) / (tr G / d_out))``, float64; 1 where a trace is zero."""
+    mean_a = a.diagonal(dim1=-2, dim2=-1).double().mean(-1)
+    mean_g = g.diagonal(dim1=-2, dim2=-1).double().mean(-1)
     pi = (mean_a / mean_g).sqrt()
     return torch.where(pi.isfinite() & (pi > 0), pi, torch.ones_like(pi))
 
 
 def eigh_or_nan(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``torch.linalg.eigh`` that gives NaN for a matrix it cannot decompose, not an error for all.
+    """Eigenvalues (in no particular order) and eigenvectors; NaN for a matrix that cannot be decomposed.
 
-    The batched routine raises for the whole batch, and LAPACK may not return on a NaN.
+    ``torch.linalg.eigh`` raises for the whole batch, and LAPACK may not return on a NaN.
     """
     finite = finite_matrices(x)
     safe = torch.where(matrices(finite), x, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
     try:
-        values, vectors = torch.linalg.eigh(safe)
+        values, vectors = _eigh_of_nonzero_part(safe)
     except LinAlgError:
-        values, vectors = _eigh_one_by_one(safe)
+        values, vectors = torch.full_like(x[..., 0], torch.nan), torch.full_like(x, torch.nan)
+    failed = ~values.isfinite().all(-1)  # LAPACK may also give NaN without a word
+    if failed.any():
+        values[failed], vectors[failed] = _eigh_one_by_one(safe[failed])
     values = values.masked_fill(~finite[..., None], torch.nan)
     return values, vectors.masked_fill(~matrices(finite), torch.nan)
 
 
+def _eigh_of_nonzero_part(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``torch.linalg.eigh`` without the rows that are zero in every matrix.
+
+    They are common (dead units, padding around a small map), cost time, and keep LAPACK's single precision from
+    converging.
+    """
+    used = ((x.amax(-1) != 0) | (x.amin(-1) != 0)).reshape(-1, x.shape[-1]).any(0)
+    if used.all():
+        return torch.linalg.eigh(x)
+    values, vectors = torch.zeros_like(x[..., 0]), _identity_like(x)
+    index = used.nonzero()
+    values[..., used], vectors[..., index, index.T] = torch.linalg.eigh(x[..., index, index.T])
+    return values, vectors
+
+
 def _eigh_one_by_one(x: Tensor) -> tuple[Tensor, Tensor]:
-    values = x.new_full(x.shape[:-1], torch.nan)
-    vectors = torch.full_like(x, torch.nan)
-    flat_values, flat_vectors = values.view(-1, x.shape[-1]), vectors.view(-1, *x.shape[-2:])
-    for k, matrix in enumerate(x.reshape(-1, *x.shape[-2:])):
-        try:
-            flat_values[k], flat_vectors[k] = torch.linalg.eigh(matrix)
-        except LinAlgError:
-            continue
+    """Of matrices ``(k, d, d)``, each in double precision where its own does not do."""
+    values, vectors = torch.full_like(x[..., 0], torch.nan), torch.full_like(x, torch.nan)
+    for k, matrix in enumerate(x):
+        for dtype in dict.fromkeys((x.dtype, torch.float64)):
+            try:
+                some_values, some_vectors = _eigh_of_nonzero_part(matrix.to(dtype))
+            except LinAlgError:
+                continue
+            if some_values.isfinite().all():
+                values[k], vectors[k] = some_values, some_vectors
+                break
     return values, vectors
 
 
 def spd_inverse_or_nan(x: Tensor, shift: Tensor) -> Tensor:
-    """``(x + shift I)^{-1}`` by Cholesky; NaN where the matrix is not positive definite."""
+    """``(x + shift I)^{-1}`` of semi-definite matrices by Cholesky; NaN where that is not positive definite."""
     shifted = x.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(shift.squeeze(-1))
     factor, info = torch.linalg.cholesky_ex(shifted)
-    bad = matrices((info != 0) | ~finite_matrices(shifted))
-    if not bad.any():
-        return torch.cholesky_inverse(factor)
-    # cholesky_inverse raises for the whole batch on a singular factor.
-    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    return torch.cholesky_inverse(torch.where(bad, identity, factor)).masked_fill(bad, torch.nan)
+    bad = (info != 0) | ~finite_matrices(shifted)
+    if bad.any():  # cholesky_inverse raises for the whole batch on a singular factor.
+        factor = torch.where(matrices(bad), _identity_like(x), factor)
+    inverse = torch.cholesky_inverse(factor)
+    # The inverse of a semi-definite matrix and a shift is at most 1 / shift, unless rounding ate the shift.
+    largest = inverse.diagonal(dim1=-2, dim2=-1).amax(-1) * shift[..., 0, 0]
+    bad |= ~(largest <= 1.01)
+    if bad.any():
+        inverse[bad] = _inverse_by_eigenvalues(x[bad], shift.expand(*bad.shape, 1, 1)[bad]).to(x.dtype)
+    return inverse
+
+
+def _inverse_by_eigenvalues(x: Tensor, shift: Tensor) -> Tensor:
+    """``(x + shift I)^{-1}`` in float64, whatever is left of a positive ``shift`` beside ``x``.
+
+    A negative eigenvalue counts as the zero from which rounding moved it. A clearly negative one is no rounding
+    (not even TF32's) and gives NaN, as no shift does.
+    """
+    values, vectors = eigh_or_nan(x.double())
+    values = values.masked_fill(values < -0.01 * values.abs().amax(-1, keepdim=True), torch.nan)
+    damped = values.clamp(min=0) + shift.squeeze(-1)
+    return ((vectors / damped[..., None, :]) @ vectors.mT).masked_fill(shift <= 0, torch.nan)
+
+
+def _identity_like(x: Tensor) -> Tensor:
+    """One identity for each matrix of ``x``."""
+    return torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand_as(x).clone()
