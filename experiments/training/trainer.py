@@ -137,6 +137,7 @@ class Training:
             | {name: values[r] for name, values in losses.items()}
             | {"learning_rate": float(learning_rate), "seconds": self.seconds}
             | {name: values[r] for name, values in train.items()}
+            | {name: int(counts[r]) for name, counts in self.optimizer.failures.items()}
             for r, seed in enumerate(self.problem.seeds)
         ]
         self.rows += rows

@@ -14,7 +14,7 @@ class KroneckerBlocks:
 
     ``a`` (the paper's A, ``(n, R, d_in, d_in)``) and ``g`` (G, ``(n, R, d_out, d_out)``) are running
     averages; ``seen`` ``(n, R)`` says which have had a finite sample, ``attempted`` ``(n,)`` which
-    layers had any sample. ``inverse`` is NaN where there never was one.
+    layers had any sample. ``inverse`` is NaN where no refresh has found finite factors.
     """
 
     def __init__(self, layers: int, replicas: int, d_out: int, d_in: int, inverse: str, **options: Any):
@@ -22,8 +22,8 @@ class KroneckerBlocks:
         self.g = torch.zeros(layers, replicas, d_out, d_out, **options)
         self.seen = torch.zeros(layers, replicas, dtype=torch.bool, device=self.a.device)
         self.attempted = torch.zeros(layers, dtype=torch.bool)
-        self._compute_inverse = INVERSES[inverse].compute
-        self.inverse: Inverse = INVERSES[inverse].unknown(self.a, self.g)
+        self._inverse = INVERSES[inverse]
+        self.inverse: Inverse = self._inverse.unknown(self.a, self.g)
 
     def fold(self, a: Tensor, g: Tensor, present: Tensor, decay: float) -> Tensor:
         """Take one sample of the factors into the running averages.
@@ -43,17 +43,26 @@ class KroneckerBlocks:
     def refresh_inverse(self, damping: float) -> Tensor:
         """Recompute the inverses; one that is not finite leaves its predecessor in place.
 
-        Returns ``(n, R)``: the blocks of attempted layers for which no new inverse was found.
+        Without a predecessor, finite factors get the identity in its place: a plain step. Returns ``(n, R)``:
+        the blocks of attempted layers for which no new inverse was found.
         """
-        new = self._compute_inverse(self.a, self.g, damping)
+        new = self._inverse.compute(self.a, self.g, damping)
         good = self.seen
         for part in new:
             good = good & finite_matrices(part)
         if not good.all():
-            parts = zip(new, self.inverse, strict=True)
-            new = type(new)(*(torch.where(matrices(good), part, old) for part, old in parts))
+            plain = matrices(self.seen & self.missing_inverse())
+            identity = self._inverse.identity(self.a, self.g)
+            parts = zip(new, self.inverse, identity, strict=True)
+            new = type(new)(
+                *(torch.where(matrices(good), part, torch.where(plain, one, old)) for part, old, one in parts)
+            )
         self.inverse = new
         return ~good & self.attempted[:, None].to(good.device)
+
+    def never_seen(self) -> Tensor:
+        """``(n, R)``: blocks of attempted layers that have not had a finite sample."""
+        return ~self.seen & self.attempted[:, None].to(self.seen.device)
 
     def missing_inverse(self) -> Tensor:
         """``(n, R)``: blocks of attempted layers that have no (finite) inverse."""

@@ -186,7 +186,8 @@ class CoarseSpace:
         """Recompute ``(F̃_coarse + λI)^{-1}`` as ``Q (|w| + λ)^{-1} Qᵀ``; a failed one is not taken.
 
         The absolute value changes nothing for a semi-definite matrix and gives a clearly negative
-        eigenvalue a small step, not one of size 1/λ. Returns ``(R,)``: replicas with no new inverse.
+        eigenvalue a small step, not one of size 1/λ. Without an earlier inverse, a finite matrix whose
+        inverse fails gets zero in its place: no correction. Returns ``(R,)``: replicas with no new inverse.
         """
         # With λ diag(n_i), rows and columns are first scaled to where that is λI.
         scale = self.sizes.rsqrt() if self.damping == "consistent" else torch.ones_like(self.sizes)
@@ -199,7 +200,9 @@ class CoarseSpace:
         seen = self.seen.diagonal(dim1=-2, dim2=-1)
         inverse = torch.where(seen[:, :, None] & seen[:, None, :], inverse, 0.0)
         good = finite_matrices(inverse) & seen.any(-1)
-        self.inverse = torch.where(matrices(good), inverse, self.inverse)
+        without = matrices(seen.any(-1) & ~self.has_inverse())
+        old = self.inverse.masked_fill(without, 0.0)
+        self.inverse = torch.where(matrices(good), inverse, old)
         self.negative_eigenvalues = torch.where(good, negative, self.negative_eigenvalues)
         return ~good
 

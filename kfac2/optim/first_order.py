@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 class _FirstOrder:
     diagnostics: dict[str, Tensor] = {}
+    failures: dict[str, Tensor] = {}
 
     def update_curvature(self, output: Tensor, labels: Tensor | None = None) -> None:
         """First-order methods have no curvature."""

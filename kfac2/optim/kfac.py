@@ -158,8 +158,8 @@ class KFAC(torch.optim.SGD):
         """One update; a ``closure`` is evaluated first, with grad enabled, and its value returned.
 
         Raises:
-            RuntimeError: a refresh is due and ``update_curvature`` was not called, or a layer has no
-                finite curvature and no earlier inverse.
+            RuntimeError: a refresh is due and ``update_curvature`` was not called, a layer has never had
+                finite curvature, or ``damping`` is zero and the curvature singular from the start.
         """
         loss = None
         if closure is not None:
@@ -192,18 +192,24 @@ class KFAC(torch.optim.SGD):
 
     @property
     def diverged(self) -> Tensor:
-        """Replicas ``(R,)`` that had no inverse to fall back on; their parameters become NaN."""
+        """Replicas ``(R,)`` whose first statistics were not finite; their parameters become NaN."""
         return self.preconditioner.diverged
+
+    @property
+    def failures(self) -> dict[str, Tensor]:
+        """Counted since the first step, per replica ``(R,)``: ``rejected_samples`` and ``failed_inverses``."""
+        return dict(self.preconditioner.failures)
 
     @property
     def rejected_samples(self) -> int:
         """Curvature samples (per layer and replica) that were not finite and left the averages alone."""
-        return self.preconditioner.rejected_samples
+        return int(self.failures["rejected_samples"].sum())
 
     @property
     def failed_inverses(self) -> int:
-        """Inverses (per layer and replica) that could not be computed and left the old one in place."""
-        return self.preconditioner.failed_inverses
+        """Inverses (per layer and replica) of finite factors that could not be computed: the old one stays in
+        place, and a layer without one takes plain steps (its inverse is the identity)."""
+        return int(self.failures["failed_inverses"].sum())
 
     @property
     def coarse(self) -> CoarseSpace | None:

@@ -41,10 +41,12 @@ class Preconditioner:
         self.iteration = 0
         self.ready = [False] * len(layers)
         self.diverged = torch.zeros(self.replicas, dtype=torch.bool)
-        self.rejected_samples = 0
-        self.failed_inverses = 0
+        self.failures = {
+            name: torch.zeros(self.replicas, dtype=torch.int64)
+            for name in ("rejected_samples", "failed_inverses")
+        }
         self.diagnostics: dict[str, Tensor] = {}
-        self._warned = False
+        self._warned: set[str] = set()
         self.discard_sample()
 
     def has_trainable_layer(self) -> bool:
@@ -112,31 +114,36 @@ class Preconditioner:
         if self.coarse is not None:
             rejected.append(self.coarse.fold(decay))
         self.discard_sample()
-        self.rejected_samples += self._count(rejected, "curvature samples were not finite")
+        self._count("rejected_samples", rejected)
 
     def refresh_inverses(self, damping: float) -> None:
-        """Recompute all inverses; one that fails leaves its predecessor in place.
+        """Recompute all inverses; one that fails leaves its predecessor in place, or without one plain steps.
 
         Raises:
-            RuntimeError: there is no predecessor. In a replicated model the replica is marked diverged
-                instead, and its update becomes NaN.
+            RuntimeError: a layer's statistics have never been finite (in a replicated model the replica is marked
+                diverged instead, and its update becomes NaN), or without damping its first factors are singular.
         """
         if not any(stack.blocks.attempted.any() for stack in self.stacks):
             return
-        failed = [stack.blocks.refresh_inverse(damping) for stack in self.stacks]
-        missing = [stack.blocks.missing_inverse().any(0) for stack in self.stacks]
+        without = [stack.blocks.missing_inverse() for stack in self.stacks]
+        failed = [stack.blocks.refresh_inverse(damping) & stack.blocks.seen for stack in self.stacks]
+        singular = [first & fails for first, fails in zip(without, failed, strict=True)]
+        unseen = [stack.blocks.never_seen() for stack in self.stacks]
         if self.coarse is not None:
-            failed.append(self.coarse.refresh(damping))
-            missing.append(~self.coarse.has_inverse())
-        self.failed_inverses += self._count(failed, "inverses could not be computed")
-        diverged = torch.stack(missing).any(0).cpu()
-        if diverged.any() and not self.replicated:
+            failed.append(self.coarse.refresh(damping) & self.coarse.has_inverse())
+            unseen.append(~self.coarse.has_inverse())
+        self._count("failed_inverses", failed)
+        if not self.replicated and self._per_replica(unseen).any():
             raise RuntimeError(
-                f"iteration {self.iteration + 1}: no finite curvature and no earlier inverse for "
-                f"{self._layers_without_inverse()}. Lower lr, raise damping, or check the data for "
-                "non-finite values"
+                f"iteration {self.iteration + 1}: no finite curvature, now or earlier, of {self._names(unseen)}. "
+                f"{self._why_not_finite()}"
             )
-        self.diverged |= diverged
+        if damping == 0 and not self.replicated and self._per_replica(singular).any():
+            raise RuntimeError(
+                f"iteration {self.iteration + 1}: the curvature of {self._names(singular)} is singular, and there is "
+                "no earlier inverse: raise damping above zero"
+            )
+        self.diverged |= self._per_replica(unseen) > 0
         for stack in self.stacks:
             for position, index in enumerate(stack.index.tolist()):
                 self.ready[index] = bool(stack.blocks.attempted[position])
@@ -210,8 +217,7 @@ class Preconditioner:
             "ready": list(self.ready),
             "coarse": None if self.coarse is None else self.coarse.state_dict(),
             "diverged": self.diverged.clone(),
-            "rejected_samples": self.rejected_samples,
-            "failed_inverses": self.failed_inverses,
+            **{name: count.clone() for name, count in self.failures.items()},
         }
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
@@ -236,31 +242,56 @@ class Preconditioner:
             stack.blocks.load([state["layers"][layer.name] for layer in stack.layers])
         self.iteration, self.ready = state["iteration"], list(state["ready"])
         self.diverged = state["diverged"].cpu().clone()
-        self.rejected_samples, self.failed_inverses = state["rejected_samples"], state["failed_inverses"]
+        for name, count in self.failures.items():
+            # An older state has one number for all replicas: any of them may be concerned.
+            self.failures[name] = torch.zeros_like(count) + torch.as_tensor(state[name]).cpu()
         self.discard_sample()
 
     # -- small helpers ------------------------------------------------------------------------------
 
-    def _count(self, bad: Blocks, what: str) -> int:
-        number = int(torch.stack([b.sum() for b in bad]).sum())
-        if number and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"iteration {self.iteration + 1}: {number} {what}; the earlier ones stay in use. Counted "
-                "in rejected_samples and failed_inverses from now on, without another warning",
-                RuntimeWarning,
-                stacklevel=5,
-            )
-        return number
+    def _count(self, failure: str, bad: Blocks) -> None:
+        """Add to ``failures``; the first of a kind is a warning that names what is concerned and a remedy."""
+        numbers = self._per_replica(bad)
+        self.failures[failure] = self.failures[failure] + numbers
+        if not numbers.any() or failure in self._warned:
+            return
+        self._warned.add(failure)
+        if failure == "rejected_samples":
+            what, remedy = "curvature samples were not finite", self._why_not_finite()
+            instead = "what was there before stays in use"
+        else:
+            what = "inverses could not be computed, although the statistics are finite"
+            instead = "the earlier ones stay in use, and a layer without one takes plain steps"
+            remedy = "Raise damping, or leave the layers to plain SGD with exclude=[...]"
+        warnings.warn(
+            f"iteration {self.iteration + 1}: {int(numbers.sum())} {what} ({self._names(bad)}); {instead}. {remedy}. "
+            f"Counted in {failure} from now on, without another warning",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
-    def _layers_without_inverse(self) -> str:
-        names = [
-            layer.name
-            for stack in self.stacks
-            for layer, bad in zip(stack.layers, stack.blocks.missing_inverse().any(1).tolist(), strict=True)
-            if bad
-        ]
-        return f"layers {', '.join(names)}" if names else "the coarse matrix"
+    def _per_replica(self, bad: Blocks) -> Tensor:
+        """How many, ``(R,)``."""
+        return torch.stack([b.reshape(-1, self.replicas).sum(0) for b in bad]).sum(0).cpu()
+
+    def _names(self, bad: Blocks, most: int = 5) -> str:
+        """The layers in ``bad``, one ``(n, R)`` per stack and, last, the coarse space's ``(R,)``."""
+        index = [stack.index[b.any(1)] for stack, b in zip(self.stacks, bad, strict=False)]
+        names = [self.layers[i].name for i in torch.cat(index).sort().values.tolist()]
+        listed = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+        parts = [f"layers {listed}"] if names else []
+        if len(bad) > len(self.stacks) and bad[-1].any():
+            parts.append("the coarse matrix")
+        replicas = self._per_replica(bad).nonzero().flatten().tolist()
+        return " and ".join(parts) + (f" in replicas {replicas}" if self.replicated else "")
+
+    def _why_not_finite(self) -> str:
+        if all(p.isfinite().all() for layer in self.layers for p in layer.parameters):
+            return (
+                "The layers' parameters are finite: check the batch and the loss for values that are NaN, infinite "
+                "or too large to be squared"
+            )
+        return "Parameters are not finite themselves: go back to a sound checkpoint, with a lower lr or more damping"
 
 
 def _squared_norm(blocks: Blocks, like: Blocks) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kfac2 import KFAC, CoarseSpace, TwoLevelKFAC
 from kfac2.nn import ReplicatedLinear
+from kfac2.optim.first_order import SGD
 from tests.optim.loop import (
     BATCH,
     CLASSES,
@@ -368,14 +369,55 @@ def test_a_failed_eigendecomposition_keeps_the_inverse(
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_a_failed_first_eigendecomposition_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(x: Tensor) -> None:
-        raise torch.linalg.LinAlgError("did not converge")  # pyright: ignore[reportPrivateImportUsage]
+def fails(x: Tensor) -> Any:
+    raise torch.linalg.LinAlgError("did not converge")  # pyright: ignore[reportPrivateImportUsage]
 
-    monkeypatch.setattr(torch.linalg, "eigh", fail)
+
+def test_without_any_inverse_the_step_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    model, plain = network(), network()
+    optimizer = build(TwoLevelKFAC, model, kl_clip=None)
+    message = r"4 inverses could not be computed.*layers 0, 3, 5 and the coarse matrix.*[Rr]aise damping"
+    with pytest.warns(RuntimeWarning, match=message):
+        train(model, optimizer, 1)
+    train(plain, SGD(plain, lr=0.05, momentum=0.9, weight_decay=1e-3), 1)
+    assert same(model, plain)
+    assert optimizer.failed_inverses == 4
+    assert not optimizer.diverged.any()
+
+
+def test_a_failed_inverse_is_not_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    eigh = torch.linalg.eigh
+    model = replicated()
+    optimizer = build(KFAC, model, generator=seeds())
+
+    def fails_in_one_replica(x: Tensor) -> Any:
+        spoiled = optimizer.preconditioner.stacks[0].blocks.a[0, 1]
+        if x.shape[-1] == len(spoiled) and (x == spoiled).all((-2, -1)).any():
+            fails(x)
+        return eigh(x)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_in_one_replica)
+    with pytest.warns(RuntimeWarning, match=r"1 inverses .*\(layers 0 in replicas \[1\]\)"):
+        train_replicas(model, optimizer, 1)
+    assert not optimizer.diverged.any()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert optimizer.failures["failed_inverses"].tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"), [("batch", "parameters are finite: check the batch"), ("model", "a lower lr")]
+)
+def test_the_remedy_fits_what_is_not_finite(what: str, message: str) -> None:
     model = network()
-    with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="no earlier inverse"):
-        train(model, build(KFAC, model), 1)
+    optimizer = build(KFAC, model, likelihood="gaussian")
+    if what == "model":
+        with torch.no_grad():
+            layer_of(model, 3).weight[0, 0] = torch.nan
+    labels = nan_labels() if what == "batch" else None
+    with pytest.warns(RuntimeWarning, match=message), pytest.raises(RuntimeError, match=message):
+        step_with_labels(model, optimizer, 0, labels=labels)
+    assert optimizer.failed_inverses == 0
 
 
 # -- degenerate curvature ---------------------------------------------------------------------------
