@@ -34,6 +34,13 @@ class PlainLogFormatter(LogFormatter):
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
+FAILURES = {
+    "rejected_samples": "curvature samples that were not finite",
+    "failed_inverses": "inverses that could not be computed",
+}
+"""Columns of a record that count from the first step on, and what they count."""
+
+
 def loss_against_epochs(
     axes: Axes, frame: pd.DataFrame, metric: str = "train_loss", styles: Styles | None = None
 ) -> None:
@@ -76,6 +83,23 @@ def remarks(frame: pd.DataFrame) -> str:
         return ", ".join(filter(None, (row["label"], variant, unfinished)))
 
     return _common_or_listed(frame, of_record)
+
+
+def failures(frame: pd.DataFrame) -> str:
+    """A sentence on the records with rejected curvature samples or failed inverses; empty where there are none, or
+    none were counted."""
+    counted = [name for name in FAILURES if name in frame]
+    of_seeds = frame.groupby(["optimizer", "variant", "seed"])[
+        counted
+    ].max()  # they count from the first step on
+    totals = of_seeds.groupby(["optimizer", "variant"]).sum()
+    styles = optimizer_styles(frame["optimizer"])
+    texts = []
+    for (name, variant), counts in totals[totals.gt(0).any(axis=1)].iterrows():  # pyright: ignore
+        which = styles[name].label + ("" if variant == "paper" else f", {variant}")
+        numbers = (f"{counts[column]:.0f} {FAILURES[column]}" for column in counted if counts[column] > 0)
+        texts.append(f"{which}: {' and '.join(numbers)}")
+    return f"Over all seeds, {'; '.join(texts)}." if texts else ""
 
 
 def machines(frame: pd.DataFrame) -> str:

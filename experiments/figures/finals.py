@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.figures.curves import machines, seed_counts
+from experiments.figures.curves import failures, machines, seed_counts
 from experiments.figures.figures import Panel
 from experiments.figures.long_table import by_optimizer
 from experiments.figures.markdown import markdown_table, mean_with_interval, number
@@ -83,6 +83,7 @@ def final_markdown(panel: Panel, controls: pd.DataFrame | None = None) -> str:
         "out, the median counts them as infinite. Training loss and accuracy are averages over the epoch, on "
         "augmented images; the best test accuracy is that of each seed's best epoch.",
         markdown_table(result_header, [_result_cells(row) for row in finals]),
+        failures(frame),
         _order_text(panel.frame, labels),
         f"Training passes alone ({machines(frame)}), mean over seeds.",
         markdown_table(cost_header, [_cost_cells(row) for row in finals]),

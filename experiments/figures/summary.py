@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from experiments.figures.curves import machines, remarks, seed_counts
+from experiments.figures.curves import failures, machines, remarks, seed_counts
 from experiments.figures.long_table import by_optimizer
 from experiments.figures.markdown import markdown_table, mean_with_interval, number
 from experiments.figures.statistics import SLOW_LOSS, seed_interval, seed_median, seed_table
@@ -137,6 +137,7 @@ def _markdown(
         f"out; slow: seeds with a loss above {SLOW_LOSS}.",
         remarks(frame),
         markdown_table(header, loss_rows),
+        failures(frame),
         f"Wall-clock time of a run, all its seeds side by side ({machines(frame)}).",
         markdown_table(end_header, end_rows),
         RULE,

@@ -139,3 +139,28 @@ def test_controls_have_rows_and_no_place(write_resnet: Write, load: Callable[...
 def test_no_label_no_header(write_resnet: Write, load: Callable[..., pd.DataFrame]) -> None:
     write_resnet("sgd", label=None)
     assert final_markdown(Panel("ResNet", load())).startswith("## ResNet\n\nThe last epoch")
+
+
+def test_a_run_with_failures_says_so(write_resnet: Write, load: Callable[..., pd.DataFrame]) -> None:
+    def edit(curves: pd.DataFrame) -> None:
+        curves["rejected_samples"] = curves["epoch"] * (curves["seed"] == 1)
+        curves["failed_inverses"] = 2 * (curves["epoch"] > 1)
+        curves.loc[
+            (curves["seed"] == 1) & (curves["epoch"] == 3), ["rejected_samples", "failed_inverses"]
+        ] = math.nan
+
+    write_resnet("kfac", seeds=range(2), epochs=3, edit=edit)
+    write_resnet("sgd", seeds=range(2), epochs=3)
+    text = final_markdown(Panel("title", load()))
+    assert "2 curvature samples that were not finite and 4 inverses that could not be computed." in text
+    assert text.count("inverses that could not be computed") == 1
+
+
+def test_a_run_without_failures_says_nothing(write_resnet: Write, load: Callable[..., pd.DataFrame]) -> None:
+    def edit(curves: pd.DataFrame) -> None:
+        curves["rejected_samples"] = curves["failed_inverses"] = 0
+
+    write_resnet("kfac", seeds=range(2), epochs=2, edit=edit)
+    frame = load()
+    uncounted = frame.drop(columns=["rejected_samples", "failed_inverses"])
+    assert final_markdown(Panel("title", frame)) == final_markdown(Panel("title", uncounted))

@@ -150,6 +150,9 @@ def test_a_diverged_seed_is_recorded_and_the_other_goes_on() -> None:
     assert rows[0] | {"seconds": 0} == expected[0] | {"seconds": 0}
     assert rows[1]["train_loss"] != rows[1]["train_loss"]
     assert broken.optimizer.diverged.tolist() == [False, True]
+    assert rows[0]["rejected_samples"] == 0
+    assert rows[1]["rejected_samples"] > 0
+    assert rows[0]["failed_inverses"] == rows[1]["failed_inverses"] == 0
 
 
 @pytest.mark.parametrize("factory", [sgd, two_levels])
