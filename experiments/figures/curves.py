@@ -88,17 +88,16 @@ def remarks(frame: pd.DataFrame) -> str:
 def failures(frame: pd.DataFrame) -> str:
     """A sentence on the records with rejected curvature samples or failed inverses; empty where there are none, or
     none were counted."""
-    counted = [name for name in FAILURES if name in frame]
-    of_seeds = frame.groupby(["optimizer", "variant", "seed"])[
-        counted
-    ].max()  # they count from the first step on
-    totals = of_seeds.groupby(["optimizer", "variant"]).sum()
     styles = optimizer_styles(frame["optimizer"])
     texts = []
-    for (name, variant), counts in totals[totals.gt(0).any(axis=1)].iterrows():  # pyright: ignore
-        which = styles[name].label + ("" if variant == "paper" else f", {variant}")
-        numbers = (f"{counts[column]:.0f} {FAILURES[column]}" for column in counted if counts[column] > 0)
-        texts.append(f"{which}: {' and '.join(numbers)}")
+    for (name, variant), curves in frame.groupby(["optimizer", "variant"], sort=False):  # pyright: ignore
+        totals = {
+            column: curves.groupby("seed")[column].max().sum() for column in FAILURES if column in frame
+        }
+        numbers = [f"{total:.0f} {FAILURES[column]}" for column, total in totals.items() if total > 0]
+        if numbers:
+            which = styles[name].label + ("" if variant == "paper" else f", {variant}")
+            texts.append(f"{which}: {' and '.join(numbers)}")
     return f"Over all seeds, {'; '.join(texts)}." if texts else ""
 
 

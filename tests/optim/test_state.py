@@ -207,3 +207,13 @@ def test_a_state_loads_on_another_device(kind: type[KFAC], options: dict[str, An
     train(model, optimizer, 6, first=3, empirical=True)
     train(other_model, other, 6, first=3, empirical=True)
     assert_close(model, other_model.cpu(), rtol=1e-6, atol=1e-7)
+
+
+def test_a_state_with_one_count_for_all_replicas_is_taken_over() -> None:
+    model = network()
+    optimizer = build(KFAC, model)
+    train(model, optimizer, 1)
+    older = optimizer.state_dict()
+    older["preconditioner"] |= {"rejected_samples": 3, "failed_inverses": 2}
+    optimizer.load_state_dict(older)
+    assert (optimizer.rejected_samples, optimizer.failed_inverses) == (3, 2)
