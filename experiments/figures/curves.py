@@ -91,12 +91,11 @@ def failures(frame: pd.DataFrame) -> str:
     styles = optimizer_styles(frame["optimizer"])
     texts = []
     for (name, variant), curves in frame.groupby(["optimizer", "variant"], sort=False):  # pyright: ignore
-        totals = {
-            column: curves.groupby("seed")[column].max().sum() for column in FAILURES if column in frame
-        }
+        latest = {column: curves.groupby("seed")[column].max() for column in FAILURES if column in frame}
+        totals = {column: np.nansum(np.asarray(counts, dtype=float)) for column, counts in latest.items()}
         numbers = [f"{total:.0f} {FAILURES[column]}" for column, total in totals.items() if total > 0]
         if numbers:
-            which = styles[name].label + ("" if variant == "paper" else f", {variant}")
+            which = styles[str(name)].label + ("" if str(variant) == "paper" else f", {variant}")
             texts.append(f"{which}: {' and '.join(numbers)}")
     return f"Over all seeds, {'; '.join(texts)}." if texts else ""
 
