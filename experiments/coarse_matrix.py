@@ -44,7 +44,7 @@ def measure_training(training: Training) -> Rows:
     rows: Rows = []
     for epoch in range(1, training.settings.epochs + 1):
         (latest,) = training.train_epoch()
-        exact = coarse.exact.matrix()[0]
+        exact = coarse.exact_matrix()[0]
         for name, matrix in (("kronecker", coarse.matrix()[0]), ("exact", exact)):
             negative = int((torch.linalg.eigvalsh(matrix) < 0).sum())
             row = {"seed": latest["seed"], "epoch": epoch, "train_loss": latest["train_loss"], "matrix": name}

@@ -1,6 +1,6 @@
 """Coarse spaces that take the two-level correction apart: each changes one thing of ``CoarseSpace``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from math import prod, sqrt
 from typing import Any
@@ -156,31 +156,21 @@ class Scheduled(CoarseSpace):
 
 
 class Observed(CoarseSpace):
-    """The full correction; beside it, in ``exact``, the exact coarse Fisher of the same batches, which nothing uses."""
-
-    def __init__(self, weight: float = 1.0):
-        super().__init__(weight=weight)
-        self.exact = CoarseSpace("exact")
+    """The full correction; beside it, a third Gram, the exact coarse Fisher of the same batches, which nothing uses."""
 
     def bind(self, shapes: Sequence[tuple[int, int]], replicas: int, device: torch.device) -> None:
-        self.exact.bind(shapes, replicas, device)
         super().bind(shapes, replicas, device)
+        self.grams = torch.cat([self.grams, torch.zeros_like(self.grams[:1])])
 
-    def accumulate(self, maps: Maps) -> None:
-        super().accumulate(maps)
-        self.exact.accumulate(maps)
+    def features(self, maps: Maps) -> Iterator[tuple[dict[int, Tensor], Tensor]]:
+        yield from super().features(maps)
+        yield from self.exact_features(maps)
 
-    def fold(self, decay: float) -> Tensor:
-        rejected = self.exact.fold(decay)
-        return super().fold(decay) | rejected
+    def matrix(self) -> Tensor:
+        return self.grams[:2].prod(0)
 
-    def to(self, device: torch.device) -> None:
-        self.exact.to(device)
-        super().to(device)
-
-    def discard_sample(self) -> None:
-        super().discard_sample()
-        self.exact.discard_sample()
+    def exact_matrix(self) -> Tensor:
+        return self.grams[2]
 
 
 class AuthorsScale(CoarseSpace):
@@ -243,7 +233,7 @@ STEPS_PER_EPOCH = 49  # of the deep linear MLP: 25,000 samples in batches of 512
 VARIANTS: dict[str, Callable[[float], CoarseSpace]] = {
     "full": lambda weight: CoarseSpace(weight=weight),
     "exact": lambda weight: CoarseSpace("exact", weight=weight),
-    "observed": Observed,
+    "observed": lambda weight: Observed(weight=weight),
     "diagonal": lambda weight: Diagonal(weight=weight),
     "damping_only": lambda weight: DampingOnly(weight=weight),
     "identity": lambda weight: Identity(weight=weight),

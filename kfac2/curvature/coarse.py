@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations_with_replacement
 from math import prod, sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,22 @@ Blocks = Iterable[tuple[Tensor, Tensor]]
 """Layers of one shape: their positions in the coarse space ``(n,)`` and a tensor ``(n, R, d_out, d_in)``."""
 Maps = dict[int, tuple[Tensor, Tensor]]
 """By a layer's position: α and γ of each sample and position, ``(R, B, *positions)``."""
+
+
+class CoarseSample(NamedTuple):
+    """Sums over samples of the products behind each Gram ``(k, R, L, L)``, of how many they are ``(R, L, L)``.
+
+    Of a replica whose sums were not finite there are none, and ``rejected`` ``(R,)`` counts them.
+    """
+
+    sums: Tensor
+    counts: Tensor
+    rejected: Tensor
+
+    def plus(self, other: "CoarseSample | None") -> "CoarseSample":
+        if other is None:
+            return self
+        return CoarseSample(*(one + two for one, two in zip(self, other, strict=True)))
 
 
 class CoarseSpace:
@@ -92,6 +108,12 @@ class CoarseSpace:
         self.fisher, self.grid, self.resample, self.weight = fisher, grid, resample, weight
         self.damping, self.max_ratio = damping, max_ratio
         self._bound = False
+        self.averaged: frozenset[int] = frozenset()
+        """Layers whose positions are averaged before the products (K-FAC-reduce)."""
+        self.sample: CoarseSample | None = None
+        """What has been accumulated and not yet folded in."""
+        self.attempted = False
+        """Some layer has been observed, so that there should be a matrix."""
         self.sizes = torch.zeros(0)
         """Number of parameters of each layer, ``(L,)``, float64."""
         self.indefinite = 0
@@ -115,40 +137,53 @@ class CoarseSpace:
         self.inverse = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
         self.negative_eigenvalues = torch.zeros(replicas, dtype=torch.int64, device=device)
         """Per replica, how many eigenvalues of the matrix behind the inverse are clearly negative."""
-        self.discard_sample()
 
     def basis(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """The pattern ``u vᵀ`` that stands in Z for a layer, ``u`` ``(d_out,)`` and ``v`` ``(d_in,)``; None: ones."""
         return None
 
     def accumulate(self, maps: Maps) -> None:
-        """Add a batch to the sample under way."""
+        """Add a batch to the sample under way; a replica whose sums are not finite does not count in it."""
+        if not maps:
+            return
+        sums = torch.zeros_like(self.grams)
         samples, numbers = _sizes(maps)
         for part in torch.arange(samples).split(max(1, LARGEST_PART // numbers)):
             some = slice(int(part[0]), int(part[-1]) + 1)
-            self._add({i: (alpha[:, some], gamma[:, some]) for i, (alpha, gamma) in maps.items()})
-        present = torch.tensor([i in maps for i in range(self.grams.shape[-1])], device=self.grams.device)
-        self._count += present[:, None] * present[None, :] * samples
+            self._add(sums, {i: (alpha[:, some], gamma[:, some]) for i, (alpha, gamma) in maps.items()})
+        present = torch.tensor([i in maps for i in range(sums.shape[-1])], device=sums.device)
+        finite = finite_matrices(sums).all(0)
+        counts = matrices(finite) * (present[:, None] * present[None, :] * samples)
+        sums = torch.where(matrices(finite), sums, 0.0)
+        self.sample = CoarseSample(sums, counts, (~finite).long()).plus(self.sample)
 
-    def _add(self, maps: Maps) -> None:
-        for total, (features, scales) in zip(self._sum, self._features(maps), strict=True):
+    def _add(self, sums: Tensor, maps: Maps) -> None:
+        for total, (features, scales) in zip(sums, self.features(maps), strict=True):
             for (rows, left), (columns, right) in combinations_with_replacement(_by_grid(features), 2):
                 gram = scales[rows, None] * scales[columns] * self._gram(left, right)
                 total[:, rows[:, None], columns] += gram
                 if left is not right:
                     total[:, columns[:, None], rows] += gram.mT
 
-    def _features(self, maps: Maps) -> Iterator[tuple[dict[int, Tensor], Tensor]]:
+    def features(self, maps: Maps) -> Iterator[tuple[dict[int, Tensor], Tensor]]:
         """For each Gram: what is averaged pair by pair (α and γ, or p), and each layer's scale ``(L,)``."""
-        ones = self.grams.new_ones(self.grams.shape[-1])
         if self.fisher == "exact":
-            yield {i: _sums_of_products(*pair) for i, pair in maps.items()}, ones
+            yield from self.exact_features(maps)
             return
+        ones = self.grams.new_ones(self.grams.shape[-1])
+        maps = {i: _averaged(*pair) if i in self.averaged else pair for i, pair in maps.items()}
         yield self._on_grid({i: alpha for i, (alpha, _) in maps.items()}), ones
         scales = ones.clone()
         for i, (_, gamma) in maps.items():
             scales[i] = sqrt(prod(_positions(gamma)))
         yield self._on_grid({i: gamma for i, (_, gamma) in maps.items()}), scales
+
+    def exact_features(self, maps: Maps) -> Iterator[tuple[dict[int, Tensor], Tensor]]:
+        """p of each layer and sample, without a scale."""
+        yield (
+            {i: _sums_of_products(*pair) for i, pair in maps.items()},
+            self.grams.new_ones(self.grams.shape[-1]),
+        )
 
     def _on_grid(self, features: dict[int, Tensor]) -> dict[int, Tensor]:
         if self.grid == "pairwise":
@@ -166,17 +201,21 @@ class CoarseSpace:
         return one @ other.mT / prod(grid)
 
     def fold(self, decay: float) -> Tensor:
-        """Take the sample into the running averages; returns ``(R,)``: replicas whose sample was not finite.
+        """Take the sample into the running averages; returns ``(R,)``, how many batches were not finite.
 
-        A replica's sample is taken or rejected as a whole, so that the Grams stay semi-definite.
+        A replica's batch is taken or rejected as a whole, so that the Grams stay semi-definite.
         """
-        sample = self._sum / self._count.clamp(min=1)
+        if self.sample is None:
+            return torch.zeros_like(self.negative_eigenvalues)
+        sums, counts, rejected = self.sample
+        sample = sums / counts.clamp(min=1)
         finite = finite_matrices(sample).all(0)
-        take = (self._count > 0) & matrices(finite)
+        take = (counts > 0) & matrices(finite)
         self.grams = running_average(self.grams, sample, take, self.seen, decay)
         self.seen = self.seen | take
+        self.attempted = True
         self.discard_sample()
-        return ~finite
+        return torch.maximum(rejected, (~finite).long())
 
     def matrix(self) -> Tensor:
         """F̃_coarse ``(R, L, L)``, float64: the Hadamard product of the running Grams."""
@@ -258,12 +297,12 @@ class CoarseSpace:
             setattr(self, name, state[name].to(old.device, old.dtype))
         for name in self.counters:
             setattr(self, name, state[name])
+        self.attempted = bool(self.seen.any())
         self.discard_sample()
 
     def discard_sample(self) -> None:
         """Forget what was accumulated since the last ``fold``."""
-        self._sum = torch.zeros_like(self.grams)
-        self._count = torch.zeros(self.grams.shape[-2:], dtype=torch.int64, device=self.grams.device)
+        self.sample = None
 
 
 def _positions(x: Tensor) -> Grid:
@@ -282,6 +321,12 @@ def _by_grid(features: dict[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
         )
         for index in members.values()
     ]
+
+
+def _averaged(alpha: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of α and the sum of γ over positions, ``(R, B)``."""
+    rows = (*alpha.shape[:2], -1)
+    return alpha.reshape(rows).mean(-1), gamma.reshape(rows).sum(-1)
 
 
 def _sums_of_products(alpha: Tensor, gamma: Tensor) -> Tensor:

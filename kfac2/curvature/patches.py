@@ -43,6 +43,12 @@ def patch_sums(x: Tensor, window: Window) -> Tensor:
     return _slide(_slide(padded, 2, 1, window).sum(-1), 1, 0, window).sum(-1)
 
 
+def patch_totals(x: Tensor, window: Window) -> Tensor:
+    """Each image's sum of its patches (without the one): ``(B, d)``, in a weight's order."""
+    rows = _slide(F.pad(x, window.padding), 2, 0, window).sum(2)
+    return _slide(rows, 2, 1, window).sum(2).flatten(1)
+
+
 def _slide(x: Tensor, dim: int, axis: int, window: Window) -> Tensor:
     """All positions of the window along ``dim``; what it sees there is a new last axis."""
     dilation = window.dilation[axis]

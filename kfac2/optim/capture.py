@@ -80,8 +80,11 @@ class Capture:
         edge = get_gradient_edge(_without_view(output))
         self.records[index] = Record(inputs, inputs._version, edge, output.shape)
 
-    def backpropagate(self, loss: Tensor, visit: Visit) -> None:
-        """Back-propagate ``loss`` and call ``visit`` for each recorded layer that it depends on."""
+    def backpropagate(self, loss: Tensor, visit: Visit) -> set[Node]:
+        """Back-propagate ``loss`` and call ``visit`` for each recorded layer that it depends on.
+
+        Returns the layers' nodes in the graph.
+        """
         captured = {record.edge.node: index for index, record in self.records.items()}
         if len(captured) < len(self.records):
             raise RuntimeError("two layers share one autograd node: exclude one of them")
@@ -120,6 +123,7 @@ class Capture:
         finally:
             for handle in handles:
                 handle.remove()
+        return reachable
 
 
 def _without_view(output: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """K-FAC with one and two levels, as real torch optimizers."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from torch.optim.sgd import sgd
 from kfac2.curvature import INVERSES, CoarseSpace
 from kfac2.optim.capture import Capture
 from kfac2.optim.likelihood import LIKELIHOODS, check_labels, check_output
+from kfac2.optim.observation import sampled_backward
 from kfac2.optim.options import SharedOptions, as_generators, check_choice, refuse_distributed, shared_options
 from kfac2.optim.preconditioner import Preconditioner
+from kfac2.optim.samples import set_sharing
 from kfac2.optim.selection import Exclude, refuse_wrapped, select_layers
 from kfac2.optim.state import ENTRY, placement, with_carrier, without_entry
 
@@ -52,6 +54,15 @@ class KFAC(torch.optim.SGD):
         params: torch parameter groups; all of the model's parameters by default. ``damping``,
             ``kl_clip`` and the intervals stand in the groups, so they can be scheduled, but must agree.
         exclude: module names, or a predicate on (name, module): layers left to plain SGD.
+        weight_sharing: how a layer's positions (tokens, pixels) enter its factors (Eschenhagen et al. 2023).
+            ``"expand"``: each as a sample of its own. ``"reduce"``: a sample's inputs averaged and its output
+            gradients summed first, right for layers whose positions are averaged afterwards (global pooling).
+            Or a mapping from module names; what it does not name is expanded.
+        batch_axis: the axis of the layers' calls along which the samples run, where sizes do not tell:
+            with as many time steps as samples, or with each sample's positions folded into the batch axis,
+            one sample after the other. One for all layers that have that many axes (features not
+            counted), or a mapping from module names. Only ``"reduce"`` and two levels need it: a
+            layer whose samples are not found is an error there, and here has no coarse correction.
         coarse: a ``CoarseSpace`` makes it two-level; ``TwoLevelKFAC`` builds the paper's.
 
     Raises:
@@ -78,6 +89,8 @@ class KFAC(torch.optim.SGD):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         params: Iterable[Any] | None = None,
         exclude: Exclude = (),
+        weight_sharing: str | Mapping[str, str] = "expand",
+        batch_axis: int | Mapping[str, int] | None = None,
         coarse: CoarseSpace | None = None,
     ):
         if not isinstance(model, nn.Module):
@@ -106,6 +119,7 @@ class KFAC(torch.optim.SGD):
 
         optimized = {p for group in self.param_groups for p in group["params"]}
         layers, self.coverage = select_layers(model, optimized, exclude)
+        set_sharing(layers, weight_sharing, batch_axis)
         self.preconditioner = Preconditioner(layers, self.param_groups, inverse, factor_decay, coarse)
         self._replicas_of_output = layers[0].replicas if layers[0].replicated else None
         self._likelihood = LIKELIHOODS[likelihood]
@@ -137,6 +151,9 @@ class KFAC(torch.optim.SGD):
         refuse_distributed()
         self._follow_model()
         samples = check_output(self._likelihood, output, self._replicas_of_output)
+        if samples == 0:
+            self.preconditioner.end_batch()
+            return
         if labels is None:
             labels = self._likelihood.draw(output.detach(), self._generators)
         check_labels(self._likelihood, output, labels)
@@ -147,11 +164,18 @@ class KFAC(torch.optim.SGD):
 
         with torch.autocast(output.device.type, enabled=False):
             try:
-                self._capture.backpropagate(self._likelihood.negative_log(output, labels), visit)
+                loss = self._likelihood.negative_log(output, labels)
+                with sampled_backward():
+                    nodes = self._capture.backpropagate(loss, visit)
+                preconditioner.end_batch(nodes)
             except BaseException:
                 preconditioner.discard_sample()  # half a batch must not count, nor what it was to add to
                 raise
-            preconditioner.end_batch()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As SGD's; batches observed with the gradients that are zeroed leave no trace in the next sample."""
+        self.preconditioner.gradients_zeroed()
+        super().zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore

@@ -2,40 +2,54 @@
 
 Every adapter speaks one layout: gradient matrices ``(R, d_out, d_in)`` with a replica axis R of 1 for an
 ordinary module, and ``d_in`` counting the appended one where there is a bias. To support another type,
-write one class with ``moments`` and ``maps``, and list it in ``ADAPTERS``.
+write one class with ``axes``, ``moments``, ``totals`` and ``maps``, and list it in ``ADAPTERS``.
 """
 
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kfac2.curvature.patches import Window, patch_moment, patch_sums
+from kfac2.curvature.patches import Window, patch_moment, patch_sums, patch_totals
 from kfac2.nn import ReplicatedLinear
 
 Basis = tuple[Tensor, Tensor]
 
 
-class Sample(NamedTuple):
-    """Sums over samples of one layer's ``a aᵀ`` and ``g gᵀ``, and how many samples.
+class Moments(NamedTuple):
+    """Sums over rows of one layer's ``a aᵀ`` and ``g gᵀ``; a row is one position of one sample in one call.
 
-    ``a`` ``(R, d_in, d_in)`` is a mean over positions, ``g`` ``(R, d_out, d_out)`` a sum over them.
+    ``a`` ``(R, d_in, d_in)``, ``g`` ``(R, d_out, d_out)``; their rows are ``rows`` in each replica.
     """
 
     a: Tensor
     g: Tensor
-    samples: int
+    rows: int
 
-    def plus(self, other: "Sample | None") -> "Sample":
+    def plus(self, other: "Moments | None") -> "Moments":
         if other is None:
             return self
-        return Sample(self.a + other.a, self.g + other.g, self.samples + other.samples)
+        return Moments(self.a + other.a, self.g + other.g, self.rows + other.rows)
+
+
+class Totals(NamedTuple):
+    """Sums over the positions of each sample: ``a`` ``(R, d_in, B)``, ``g`` ``(R, d_out, B)``."""
+
+    a: Tensor
+    g: Tensor
+    positions: int
+    """Of one sample."""
 
 
 class Layer:
     """What all adapters share; ``inputs`` and ``gradients`` are the module's own tensors."""
 
     replicated = False
+    reduces = False
+    """K-FAC-reduce: a sample's positions are averaged before the products, not after (``weight_sharing``)."""
+    batch_axis: int | None = None
+    """The axis of a call along which the samples run, where the user has said so."""
 
     def __init__(self, name: str, module: nn.Module, with_bias: bool):
         self.name, self.module, self.with_bias = name, module, with_bias
@@ -66,12 +80,20 @@ class Layer:
         d_out, d_in = self.weight.shape[-2:]
         return d_out, d_in + self.with_bias
 
-    def moments(self, inputs: Tensor, gradients: Tensor) -> Sample:
-        """A batch's contribution to the Kronecker factors."""
+    def axes(self, inputs: Tensor) -> tuple[int, ...]:
+        """Sizes of those leading axes of a call's ``maps`` along which the samples may run."""
+        raise NotImplementedError
+
+    def moments(self, inputs: Tensor, gradients: Tensor) -> Moments:
+        """A call's contribution to the Kronecker factors."""
+        raise NotImplementedError
+
+    def totals(self, inputs: Tensor, gradients: Tensor, axis: int) -> Totals:
+        """A call's sums over all axes but ``axis``."""
         raise NotImplementedError
 
     def maps(self, inputs: Tensor, gradients: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
-        """``1ᵀ a`` and ``1ᵀ g`` of each sample and position, ``(R, B, *positions)``.
+        """``1ᵀ a`` and ``1ᵀ g`` of each row of a call, ``(R, *axes)``, which may have further axes.
 
         With a ``basis`` ``(u, v)``, ``(d_out,)`` and ``(d_in,)``, they are ``vᵀ a`` and ``uᵀ g``.
         """
@@ -85,34 +107,37 @@ class Layer:
 
 
 class LinearLayer(Layer):
-    """``nn.Linear`` on inputs ``(B, *positions, d)``; positions are treated as a convolution's."""
+    """``nn.Linear`` on inputs ``(*axes, d)``, one of the axes the batch."""
 
     def columns(self, x: Tensor) -> Tensor:
-        """One column per sample and position, ``(R, d, N)``; ``x`` is an input or an output gradient."""
+        """One column per row, ``(R, d, N)``; ``x`` is an input or an output gradient."""
         return x.flatten(0, -2).T[None].to(self.dtype)
 
-    def grid(self, x: Tensor) -> tuple[int, ...]:
-        """Number of samples and sizes of the position axes."""
-        if x.dim() < 2:
-            raise self._refuse(x, "(batch, features) or (batch, positions, features)")
-        return tuple(x.shape[:-1])
+    def axes(self, inputs: Tensor) -> tuple[int, ...]:
+        if inputs.dim() < 2:
+            raise self._refuse(inputs, "(batch, features) or (batch, positions, features)")
+        return tuple(inputs.shape[:-1])
 
-    def moments(self, inputs: Tensor, gradients: Tensor) -> Sample:
-        samples, *_ = self.grid(inputs)
+    def moments(self, inputs: Tensor, gradients: Tensor) -> Moments:
+        self.axes(inputs)
         a, g = self._input_columns(inputs), self.columns(gradients)
-        positions = a.shape[-1] // max(samples, 1)
-        return Sample(torch.bmm(a, a.mT) / positions, torch.bmm(g, g.mT), samples)
+        return Moments(torch.bmm(a, a.mT), torch.bmm(g, g.mT), a.shape[-1])
+
+    def totals(self, inputs: Tensor, gradients: Tensor, axis: int) -> Totals:
+        axes = self.axes(inputs)
+        a, g = (
+            x.unflatten(2, axes).movedim(2 + axis, 2).flatten(3).sum(-1) if len(axes) > 1 else x
+            for x in (self._input_columns(inputs), self.columns(gradients))
+        )
+        return Totals(a, g, prod(axes) // axes[axis])
 
     def maps(self, inputs: Tensor, gradients: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
         a, g = self._input_columns(inputs), self.columns(gradients)
         if basis is not None:
             u, v = basis
             a, g = a * v[:, None].to(a), g * u[:, None].to(g)
-        a, g = a.sum(1), g.sum(1)
-        samples, *positions = self.grid(inputs)
-        if len(positions) > 3:  # more than interpolation knows
-            positions = [a.shape[-1] // samples]
-        return a.unflatten(1, (samples, *positions)), g.unflatten(1, (samples, *positions))
+        axes = self.axes(inputs)
+        return a.sum(1).unflatten(1, axes), g.sum(1).unflatten(1, axes)
 
     def _input_columns(self, inputs: Tensor) -> Tensor:
         """``(R, d_in, N)``, a one appended where there is a bias."""
@@ -130,8 +155,8 @@ class ReplicatedLinearLayer(LinearLayer):
     def columns(self, x: Tensor) -> Tensor:
         return x.to(self.dtype)
 
-    def grid(self, x: Tensor) -> tuple[int, ...]:
-        return (x.shape[-1],)
+    def axes(self, inputs: Tensor) -> tuple[int, ...]:
+        return (inputs.shape[-1],)
 
 
 class Conv2dLayer(Layer):
@@ -158,11 +183,20 @@ class Conv2dLayer(Layer):
     def matrix_shape(self) -> tuple[int, int]:
         return self.weight.shape[0], self.weight[0].numel() + self.with_bias
 
-    def moments(self, inputs: Tensor, gradients: Tensor) -> Sample:
+    def axes(self, inputs: Tensor) -> tuple[int, ...]:
+        return (len(self._checked(inputs)),)
+
+    def moments(self, inputs: Tensor, gradients: Tensor) -> Moments:
         x, g = self._checked(inputs), gradients.to(self.dtype)
+        a = patch_moment(x, self.window, self.with_bias)
+        return Moments(a[None], patch_moment(g, Window(), False)[None], g[:, 0].numel())
+
+    def totals(self, inputs: Tensor, gradients: Tensor, axis: int) -> Totals:
+        a, g = patch_totals(self._checked(inputs), self.window), gradients.to(self.dtype)
         positions = g[0, 0].numel()
-        a = patch_moment(x, self.window, self.with_bias) / positions
-        return Sample(a[None], patch_moment(g, Window(), False)[None], len(x))
+        if self.with_bias:
+            a = torch.cat([a, a.new_full((len(a), 1), positions)], dim=1)
+        return Totals(a.T[None], g.sum((2, 3)).T[None], positions)
 
     def maps(self, inputs: Tensor, gradients: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
         if basis is not None:

@@ -1,6 +1,6 @@
 """Checks of what a user passes to an optimizer; each error names the thing and what to do."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,21 @@ def shared_options(param_groups: Sequence[dict[str, Any]]) -> SharedOptions:
 def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
     if value not in choices:
         raise ValueError(f"unknown {option} {value!r}: choose from {', '.join(choices)}")
+
+
+def by_layer(option: str, given: Any, names: Sequence[str], default: Any) -> list[Any]:
+    """An option for each of the layers ``names``: one value for all, or a mapping from module names.
+
+    A module's name stands for all layers in it, unless a longer one is given too.
+    """
+    if not isinstance(given, Mapping):
+        return [given] * len(names)
+    inside = {key: [name for name in names if name == key or name.startswith(f"{key}.")] for key in given}
+    unknown = [key for key, layers in inside.items() if not layers]
+    if unknown:
+        raise ValueError(f"{option} names {unknown}, but the preconditioned layers are: {', '.join(names)}")
+    values = {name: given[key] for key in sorted(given, key=len) for name in inside[key]}
+    return [values.get(name, default) for name in names]
 
 
 def as_generators(

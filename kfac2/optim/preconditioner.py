@@ -1,15 +1,17 @@
 """What K-FAC remembers of the curvature, and how it turns gradients into updates."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from kfac2.curvature import CoarseSpace, kl_clip_factor, ratio_factor
 from kfac2.curvature.averages import decay_at, matrices
-from kfac2.optim.layers import Layer, Sample
+from kfac2.optim.layers import Layer
+from kfac2.optim.observation import Batch, Observation, Observations
 from kfac2.optim.stacks import make_stacks
 
 Blocks = list[Tensor]
@@ -38,6 +40,7 @@ class Preconditioner:
         if coarse is not None:
             shapes = [layer.matrix_shape for layer in layers]
             coarse.bind(shapes, self.replicas, layers[0].weight.device)
+            coarse.averaged = frozenset(i for i, layer in enumerate(layers) if layer.reduces)
         self.iteration = 0
         self.ready = [False] * len(layers)
         self.diverged = torch.zeros(self.replicas, dtype=torch.bool)
@@ -47,7 +50,10 @@ class Preconditioner:
         }
         self.diagnostics: dict[str, Tensor] = {}
         self._warned: set[str] = set()
-        self.discard_sample()
+        self.outside_coarse: dict[int, str] = {}
+        """Layers that the coarse space has to do without, and why."""
+        self._observations = Observations()
+        self._batch: Batch | None = None
 
     def has_trainable_layer(self) -> bool:
         return any(layer.weight.requires_grad for layer in self.layers)
@@ -74,29 +80,45 @@ class Preconditioner:
 
     def discard_sample(self) -> None:
         """Forget what was observed since the last refresh of the factors."""
+        self._observations.clear()
+        self._batch = None
+
+    def gradients_zeroed(self) -> None:
+        """What was observed with the gradients that are gone does not count."""
+        self._observations.gradients_zeroed()
+
+    def observe(self, index: int, inputs: Tensor, gradients: Tensor, samples: int, call: int = 0) -> None:
+        """Add one call of a layer, its input and output gradient, to the batch under way.
+
+        Calls of one layer may come in any order if ``call`` grows from one to the next.
+        """
+        if self._batch is None:
+            self._batch = Batch(self.layers, self.coarse, samples)
+        self._batch.observe(index, inputs, gradients, call)
+
+    def end_batch(self, nodes: Iterable[Node] = ()) -> None:
+        """All layers of a batch, which may be empty, have been observed.
+
+        The batch counts from when gradients pass one of ``nodes``, its layers' in the graph; once
+        they are zeroed, it counts no more.
+
+        Raises:
+            ValueError: K-FAC-reduce, and the samples of some layers are not found.
+        """
+        batch, self._batch = self._batch or Batch(self.layers, self.coarse, 0), None
+        moments, coarse_sample = batch.moments(), None
         if self.coarse is not None:
+            maps, left_out = batch.maps()
+            self._note_outside(maps, left_out)
+            self.coarse.accumulate(maps)
+            coarse_sample = self.coarse.sample
             self.coarse.discard_sample()
-        self._sample: dict[int, Sample] = {}
-        self._maps: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def observe(self, index: int, inputs: Tensor, gradients: Tensor, samples: int) -> None:
-        """Add one layer's input and output gradient to the sample under way."""
-        layer = self.layers[index]
-        sample = layer.moments(inputs, gradients)
-        if sample.samples != samples:
-            raise ValueError(
-                f"layer {layer.name!r} saw {sample.samples} samples, the output has {samples}: leave the "
-                f"layer to plain SGD with exclude=[{layer.name!r}]"
-            )
-        self._sample[index] = sample.plus(self._sample.get(index))
-        if self.coarse is not None:
-            self._maps[index] = layer.maps(inputs, gradients, self.coarse.basis(index))
-
-    def end_batch(self) -> None:
-        """All layers of a batch have been observed."""
-        if self.coarse is not None:
-            self.coarse.accumulate(self._maps)
-            self._maps = {}
+        stacks = [stack.sample(moments, batch.samples) for stack in self.stacks]
+        observation = Observation(stacks, coarse_sample)
+        observation.follow(nodes)
+        if all(layer.weight.grad is None for layer in self.layers):  # also zeroed by the module
+            self._observations.forget_used()
+        self._observations.add(observation)
 
     def refresh_factors(self) -> None:
         """Take the sample into the running averages.
@@ -104,16 +126,19 @@ class Preconditioner:
         Raises:
             RuntimeError: there is none.
         """
-        if not self._sample:
+        observed = self._observations.take()
+        if observed is None:
             raise RuntimeError(
                 f"iteration {self.iteration + 1} refreshes the curvature: call "
                 "optimizer.update_curvature(output) between the forward pass and backward()"
             )
         decay = decay_at(self.iteration + 1, self.factor_decay)
-        rejected = [stack.fold(self._sample, decay) for stack in self.stacks]
+        rejected = [
+            stack.fold(sample, decay) for stack, sample in zip(self.stacks, observed.stacks, strict=True)
+        ]
         if self.coarse is not None:
+            self.coarse.sample = observed.coarse
             rejected.append(self.coarse.fold(decay))
-        self.discard_sample()
         self._count("rejected_samples", rejected)
 
     def refresh_inverses(self, damping: float) -> None:
@@ -129,9 +154,11 @@ class Preconditioner:
         failed = [stack.blocks.refresh_inverse(damping) & stack.blocks.seen for stack in self.stacks]
         singular = [first & fails for first, fails in zip(without, failed, strict=True)]
         unseen = [stack.blocks.never_seen() for stack in self.stacks]
-        if self.coarse is not None:
+        if self.coarse is not None and self.coarse.attempted:
             failed.append(self.coarse.refresh(damping) & self.coarse.has_inverse())
             unseen.append(~self.coarse.has_inverse())
+        elif self.coarse is not None:  # no layer in it: no correction
+            self.coarse.inverse = torch.zeros_like(self.coarse.inverse)
         self._count("failed_inverses", failed)
         if not self.replicated and self._per_replica(unseen).any():
             raise RuntimeError(
@@ -248,6 +275,20 @@ class Preconditioner:
         self.discard_sample()
 
     # -- small helpers ------------------------------------------------------------------------------
+
+    def _note_outside(self, inside: Iterable[int], left_out: dict[int, str]) -> None:
+        news = left_out.keys() - self.outside_coarse.keys()
+        self.outside_coarse = {i: why for i, why in self.outside_coarse.items() if i not in inside} | left_out
+        if not news or "outside" in self._warned:
+            return
+        self._warned.add("outside")
+        lines = "; ".join(f"{self.layers[i].name}: {why}" for i, why in sorted(left_out.items()))
+        warnings.warn(
+            f"no coarse correction for {len(left_out)} of {len(self.layers)} layers, whose samples are "
+            f"not found ({lines}). Say where they are with batch_axis={{name: axis}}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
     def _count(self, failure: str, bad: Blocks) -> None:
         """Add to ``failures``; the first of a kind is a warning that names what is concerned and a remedy."""

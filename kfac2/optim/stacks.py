@@ -1,14 +1,37 @@
 """Layers of one shape, handled as one batch."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kfac2.curvature import KroneckerBlocks
-from kfac2.curvature.averages import matrices
-from kfac2.optim.layers import Layer, Sample
+from kfac2.curvature.averages import finite_matrices, matrices
+from kfac2.optim.layers import Layer, Moments
+
+
+class StackSample(NamedTuple):
+    """Sums over batches of the stack's ``a aᵀ`` and ``g gᵀ``, and how many rows and samples they are of.
+
+    A layer's sum in one replica that is not finite is left out, and counted in ``rejected``.
+    """
+
+    a: Tensor
+    """``(n, R, d_in, d_in)``."""
+    g: Tensor
+    """``(n, R, d_out, d_out)``."""
+    rows: Tensor
+    """``(n, R)``, of ``a``."""
+    samples: Tensor
+    """``(n, R)``, of ``g``."""
+    rejected: Tensor
+    """``(n, R)``, int64."""
+    present: Tensor
+    """``(n,)``: which layers were observed at all."""
+
+    def plus(self, other: "StackSample") -> "StackSample":
+        return StackSample(*(one + two for one, two in zip(self, other, strict=True)))
 
 
 class LayerStack:
@@ -27,15 +50,29 @@ class LayerStack:
         self.blocks = KroneckerBlocks(len(layers), first.replicas, *first.matrix_shape, inverse, **options)
         self._positions = index
 
-    def fold(self, samples: dict[int, Sample], decay: float) -> Tensor:
-        """Take the layers' samples into the running averages; returns the rejected ones, ``(n, R)``."""
-        none = Sample(torch.zeros_like(self.blocks.a[0]), torch.zeros_like(self.blocks.g[0]), 1)
-        own = [samples.get(i, none) for i in self._positions]
-        present = torch.tensor([i in samples for i in self._positions])
-        a = torch.stack([sample.a for sample in own])
-        g = torch.stack([sample.g for sample in own])
-        counts = a.new_tensor([sample.samples for sample in own])[:, None, None, None]
-        return self.blocks.fold(a / counts, g / counts, present, decay)
+    def sample(self, moments: dict[int, Moments], samples: int) -> StackSample:
+        """The stack's part of a batch of ``samples`` samples, checked layer by layer and replica by replica."""
+        none = Moments(torch.zeros_like(self.blocks.a[0]), torch.zeros_like(self.blocks.g[0]), 0)
+        own = [moments.get(i, none) for i in self._positions]
+        present = torch.tensor([i in moments for i in self._positions])
+        a = torch.stack([m.a for m in own])
+        g = torch.stack([m.g for m in own])
+        rows = a.new_tensor([[m.rows] for m in own]).expand(a.shape[:2])
+        count = a.new_tensor([[samples * (i in moments)] for i in self._positions]).expand(a.shape[:2])
+        finite = finite_matrices(a) & finite_matrices(g)
+        if not finite.all():
+            a, g = (torch.where(matrices(finite), x, 0.0) for x in (a, g))
+            rows, count = rows * finite, count * finite
+        return StackSample(a, g, rows, count, (~finite).long(), present)
+
+    def fold(self, sample: StackSample, decay: float) -> Tensor:
+        """Take a sample into the running averages; returns how many were rejected, ``(n, R)``.
+
+        The factors are K-FAC-expand's (Eschenhagen et al. 2023): the mean over rows of ``a aᵀ``, and the mean
+        over samples of the sum over a sample's rows of ``g gᵀ``.
+        """
+        a, g = sample.a / matrices(sample.rows), sample.g / matrices(sample.samples)  # NaN: none was finite
+        return torch.maximum(sample.rejected, self.blocks.fold(a, g, sample.present, decay).long())
 
     def gradients(self, active: list[bool]) -> Tensor:
         """Plain gradients, ``(n, R, d_out, d_in)``; zero for a layer that does not take part."""

@@ -172,15 +172,17 @@ def test_no_patches_are_kept() -> None:
     held: list[int] = []
     end = preconditioner.end_batch
 
-    def measure() -> None:
-        tensors = [x for sample in preconditioner._sample.values() for x in (sample.a, sample.g)]
-        tensors += [x for maps in preconditioner._maps.values() for x in maps]
+    def measure(nodes: Any) -> None:
+        batch = preconditioner._batch
+        assert batch is not None
+        tensors = [x for moments in batch._moments.values() for x in (moments.a, moments.g)]
+        tensors += [x for calls in batch._maps.values() for _, _, *maps in calls for x in maps]
         held.append(sum(x.untyped_storage().nbytes() for x in tensors))
-        end()
+        end(nodes)
 
     preconditioner.end_batch = measure
     optimizer.update_curvature(model(torch.randn(16, 3, 16, 16)))
     factors = sum(stack.blocks.a.numel() + stack.blocks.g.numel() for stack in preconditioner.stacks)
     positions = 3 * 16**2 + 3 * 8**2 + 3 * 4**2 + 1  # of stem and three stages with two shortcuts, linear
     assert held == [4 * (factors + 2 * 16 * positions)]
-    assert not preconditioner._maps
+    assert preconditioner._batch is None

@@ -302,7 +302,7 @@ def test_what_is_observed_is_the_exact_coarse_fisher() -> None:
         real_step(exact, twin_model, [batch])
     assert isinstance(optimizer.coarse, Observed)
     assert exact.coarse is not None
-    assert_close(optimizer.coarse.exact.matrix(), exact.coarse.matrix())
+    assert_close(optimizer.coarse.exact_matrix(), exact.coarse.matrix())
 
 
 def test_schedules() -> None:
