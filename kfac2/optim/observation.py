@@ -6,7 +6,7 @@ whose gradients are added up are added up too.
 """
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -108,12 +108,18 @@ class Observation:
         """The training loss has been back-propagated through the batch's graph."""
         self.survived = False
         """Gradients have been zeroed since, before the training loss was back-propagated."""
+        self._hook: Callable[[], Any] = lambda: None
 
     def follow(self, nodes: Iterable[Node]) -> None:
         """Note when somebody else back-propagates through one of these nodes of the batch's graph."""
         mark = partial(_mark_used, weakref.ref(self))
+        self._hook = weakref.ref(mark)
         for node in nodes:
             node.register_prehook(mark)
+
+    def is_settled(self) -> bool:
+        """The batch's graph is gone: it will not be used if it has not been."""
+        return self._hook() is None
 
     def plus(self, other: "Observation") -> "Observation":
         stacks = [one.plus(two) for one, two in zip(self.stacks, other.stacks, strict=True)]
@@ -130,10 +136,15 @@ class Observations:
         self._waiting: list[Observation] = []
 
     def add(self, new: Observation) -> None:
-        """A batch that gradients were zeroed after and that was never back-propagated counts no more."""
+        """A batch that gradients were zeroed after and that was never back-propagated counts no more.
+
+        What will count together is added up, so that no more samples are held than graphs.
+        """
         used = [one for one in self._waiting if one.used]
         others = [one for one in self._waiting if not one.used and not one.survived]
-        self._waiting = [*_added_up(used), *others, new]
+        settled = [one for one in others if one.is_settled()]
+        open_ones = [one for one in others if one not in settled]
+        self._waiting = [*_added_up(used), *_added_up(settled), *open_ones, new]
 
     def forget_used(self) -> None:
         """The gradients that they belong to are gone."""

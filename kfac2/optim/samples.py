@@ -47,7 +47,7 @@ def batch_axis(calls: Sequence[Axes], samples: int, given: int | None = None) ->
     sizes = [[axes[k] for axes in calls] for k in range(shared)]
     fitting = [k for k, of in enumerate(sizes) if sum(of) == samples or set(of) == {samples}]
     if fitting:
-        return fitting[0] if len(fitting) == 1 else None
+        return fitting[0] if len(fitting) == 1 or samples == 1 else None
     return 0 if shared == 1 and max(sizes[0]) < samples else None
 
 
@@ -56,9 +56,9 @@ def samples_first(maps: Tensor, axis: int, samples: int) -> Tensor:
 
     An axis several times as long as the batch holds the rows of each sample together.
     """
-    maps = maps.movedim(1 + axis, 1)
-    folded = maps.shape[1] // max(samples, 1)
-    return maps.unflatten(1, (samples, folded)) if folded > 1 and maps.shape[1] % samples == 0 else maps
+    maps = maps.movedim(1 + axis, 1) if axis else maps
+    folded, rest = divmod(maps.shape[1], samples)
+    return maps.unflatten(1, (samples, folded)) if folded > 1 and not rest else maps
 
 
 def joined_maps(calls: Sequence[Tensor], samples: int) -> Tensor | None:
@@ -67,13 +67,16 @@ def joined_maps(calls: Sequence[Tensor], samples: int) -> Tensor | None:
     Calls on the whole batch are further positions of it; calls on parts of it stand one after the other.
     None where they are neither.
     """
-    alike = len({x.shape for x in calls}) == 1
-    if all(x.shape[1] == samples for x in calls):
-        if alike:
-            maps = calls[0] if len(calls) == 1 else torch.stack(list(calls), dim=2)
+    sizes = [x.shape[1] for x in calls]
+    alike = len(calls) == 1 or len({x.shape[2:] for x in calls}) == 1
+    if set(sizes) == {samples}:
+        if len(calls) == 1:
+            maps = calls[0]
+        elif alike:
+            maps = torch.stack(list(calls), dim=2)
         else:
             maps = torch.cat([x.reshape(*x.shape[:2], -1) for x in calls], dim=2)
-    elif sum(x.shape[1] for x in calls) == samples and len({x.shape[2:] for x in calls}) == 1:
+    elif sum(sizes) == samples and alike:
         maps = torch.cat(list(calls), dim=1)
     else:
         return None

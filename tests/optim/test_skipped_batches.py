@@ -170,9 +170,11 @@ ITERATIONS = [
 ]
 
 
-def remembered(optimizer: KFAC) -> dict[str, Any]:
+def remembered(optimizer: KFAC) -> dict[Any, Any]:
     state = optimizer.state_dict()["preconditioner"]
-    tensors = {(name, key): x for name, layer in state["layers"].items() for key, x in layer.items()}
+    tensors: dict[Any, Any] = {
+        (name, key): x for name, layer in state["layers"].items() for key, x in layer.items()
+    }
     return tensors | (state["coarse"] or {})
 
 
@@ -209,6 +211,15 @@ def test_micro_batches_add_up_in_either_order(kind: type[KFAC], iteration: Calla
         its_optimizer.step()
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("iteration", ITERATIONS, ids=lambda f: f.__name__)
+def test_skipping_for_long_holds_few_samples(iteration: Callable[..., None]) -> None:
+    model = model_of()
+    optimizer = built(KFAC, model)
+    for step in range(12):
+        iteration(model, optimizer, step, skip=True)
+    assert len(optimizer.preconditioner._observations._waiting) <= 4
 
 
 @each_optimizer
