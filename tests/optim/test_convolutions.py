@@ -172,7 +172,7 @@ def test_no_patches_are_kept() -> None:
     held: list[int] = []
     end = preconditioner.end_batch
 
-    def measure(nodes: Any) -> None:
+    def measure(nodes: Any = ()) -> None:
         batch = preconditioner._batch
         assert batch is not None
         tensors = [x for moments in batch._moments.values() for x in (moments.a, moments.g)]
