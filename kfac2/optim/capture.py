@@ -1,129 +1,205 @@
 """Capture of layer inputs and output gradients, only in iterations that refresh the curvature.
 
-A forward hook keeps a layer's input (autograd holds it anyway) and the *gradient edge* of its output:
-the edge stays right when an in-place activation follows, where the tensor itself would not. The sampled
-loss is then back-propagated to those edges, and each gradient is handed on as it arrives, so that no
-two layers' gradients are held at once.
+During such a forward pass of the model, a stand-in for each layer's ``forward`` keeps the layer's input
+(autograd holds it anyway) and the place of its output in the graph: the *gradient edge*, which stays right
+when an in-place activation follows, where the tensor itself would not. Both lie on the graph, so any
+number of calls and forward passes may stand behind one output, and what is never used dies with its
+graph. The sampled loss is then back-propagated to the edges, and each gradient is handed on as it
+arrives, so that no two layers' gradients are held at once.
 """
 
+import sys
+import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-Visit = Callable[[int, Tensor, Tensor], None]
-"""Called with a layer's position, its input and its output gradient."""
+from kfac2.optim.graph import Behind, Call, look_behind
+from kfac2.optim.hooks import Hook, follow, follow_running, has_own_forward, next_sequence_number
+from kfac2.optim.layers import Layer
 
-
-class Record(NamedTuple):
-    inputs: Tensor
-    version: int
-    """Of the inputs, which must not be overwritten before they are read."""
-    edge: GradientEdge
-    shape: torch.Size
-    """Of the output, and of its gradient."""
+Visit = Callable[[int, Tensor, Tensor, int], None]
+"""Called with a layer's position, the input and output gradient of one call, and a number that grows from
+call to call; not in the order of the calls."""
 
 
 class Capture:
-    """Hooks on ``modules`` inside ``model``; ``due()`` says whether this forward pass is to be recorded."""
+    """Records the calls of ``layers`` inside ``model``; ``due()`` says whether a forward pass is recorded.
+
+    ``plain`` are the layers left to plain SGD, with the reason; those whose weight turns out to have other
+    uses than the layer's calls are added.
+    """
 
     def __init__(
-        self, model: nn.Module, names: Sequence[str], modules: Sequence[nn.Module], due: Callable[[], bool]
+        self, model: nn.Module, layers: Sequence[Layer], plain: dict[int, str], due: Callable[[], bool]
     ):
-        self.records: dict[int, Record] = {}
-        self._names, self._modules, self._due = names, modules, due
-        self._hooks = [
-            _Hook(weakref.WeakMethod(self._record), index, weakref.ref(module))
-            for index, module in enumerate(modules)
-        ]
-        self._handles: list[RemovableHandle] = []
-        model.register_forward_pre_hook(_Hook(weakref.WeakMethod(self._begin), module=weakref.ref(model)))
+        self._layers, self._plain, self._due = layers, plain, due
+        self._key = object()
+        self._calls: weakref.WeakSet[Call] = weakref.WeakSet()
+        self._without_grad: set[int] = set()
+        self._depth = 0
+        self._pass = ExitStack()
+        begin = model.register_forward_pre_hook(Hook(weakref.WeakMethod(self._begin), model))
+        self._handles = [begin]
+        self.detach = weakref.finalize(self, _detach, self._handles, self._pass)
+        self.detach.atexit = False
 
-    def clear(self) -> None:
-        self.records = {}
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+    def release(self) -> None:
+        """Let go of the inputs of all calls, though their graphs may live on."""
+        for call in self._calls:
+            call.inputs = None
+        self._calls.clear()
+        self._without_grad.clear()
+
+    # -- the model's forward pass -------------------------------------------------------------------
 
     def _begin(self, module: nn.Module, args: Any) -> None:
-        """Before each forward pass of the model: forget the last one, and record this one if it is due."""
-        self.clear()
-        if not (torch.is_grad_enabled() and self._due()):
+        if self._depth and self._due():  # the model calls itself
+            self._depth += 1
             return
-        self._handles = [
-            layer.register_forward_hook(hook, with_kwargs=True)
-            for layer, hook in zip(self._modules, self._hooks, strict=True)
-        ]
+        self._end_pass()  # an interrupted pass has not
+        if not (_is_ordinary() and self._due()):
+            return
+        self._depth = 1
+        end = Hook(weakref.WeakMethod(self._end), module)
+        self._handles.append(module.register_forward_hook(end, always_call=True))
+        for index, layer in enumerate(self._layers):
+            if index not in self._plain and has_own_forward(layer.module):
+                attach = follow_running if layer.module is module else follow
+                self._pass.callback(attach(layer.module, partial(self._record, index)))
 
-    def _record(self, index: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        if not (torch.is_grad_enabled() and output.requires_grad):
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._pass.close()
+            # Where the pass has failed, torch is walking through the very hooks that this would remove.
+            if sys.exc_info()[0] is None:
+                self._end_pass()
+
+    def _end_pass(self) -> None:
+        self._depth = 0
+        self._pass.close()
+        for handle in self._handles[1:]:
+            handle.remove()
+        del self._handles[1:]
+
+    def _record(
+        self, index: int, module: nn.Module, first: int, args: Any, kwargs: Any, output: Tensor
+    ) -> None:
+        layer = self._layers[index]
+        if not torch.is_grad_enabled():
+            self._without_grad.add(index)
             return
-        if not module.weight.requires_grad:  # pyright: ignore[reportGeneralTypeIssues]
+        if torch._C._current_graph_task_id() != -1:  # recomputed in a backward pass: seen before
             return
-        name = self._names[index]
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "K-FAC cannot capture inside torch.compile: train the uncompiled model, or compile the "
-                "parts of it that hold no preconditioned layer"
-            )
-        if index in self.records:
-            raise RuntimeError(
-                f"layer {name!r} was called twice in one forward pass, but its Kronecker factors need "
-                f"one input per sample: leave it to plain SGD with exclude=[{name!r}]"
-            )
+        if module.weight is not layer.weight or not (layer.weight.requires_grad and output.requires_grad):
+            return
         inputs = args[0] if args else kwargs["input"]
-        edge = get_gradient_edge(_without_view(output))
-        self.records[index] = Record(inputs, inputs._version, edge, output.shape)
-
-    def backpropagate(self, loss: Tensor, visit: Visit) -> set[Node]:
-        """Back-propagate ``loss`` and call ``visit`` for each recorded layer that it depends on.
-
-        Returns the layers' nodes in the graph.
-        """
-        captured = {record.edge.node: index for index, record in self.records.items()}
-        if len(captured) < len(self.records):
+        node, output_nr, *_ = get_gradient_edge(_without_view(output))
+        nodes = range(first, next_sequence_number())
+        call = Call(index, inputs.detach(), inputs._version, output.shape, output_nr, nodes)
+        metadata: dict[Any, Any] = node.metadata  # pyright: ignore[reportAssignmentType]
+        if metadata.setdefault(self._key, call) is not call:
             raise RuntimeError("two layers share one autograd node: exclude one of them")
-        reachable, deepest = _captured_below(loss.grad_fn, captured.keys())
-        if not reachable:
+        self._calls.add(call)
+
+    # -- the sampled loss ---------------------------------------------------------------------------
+
+    def backpropagate(self, loss: Tensor, visit: Visit) -> Iterable[Node]:
+        """Back-propagate ``loss`` and call ``visit`` for each recorded call that it depends on.
+
+        Returns the nodes of those calls.
+
+        Raises:
+            RuntimeError: no call can be reached, or an input is not what it was.
+        """
+        weights = {layer.weight: i for i, layer in enumerate(self._layers) if i not in self._plain}
+        behind = look_behind(loss.grad_fn, self._key, weights)
+        self._check(behind)
+        self._leave_plain(behind.used_elsewhere())
+        ends = {node: behind.calls[node] for node in behind.deepest}
+
+        def arrive(call: Call, gradients: Sequence[Tensor | None]) -> None:
+            self._hand_on(call, gradients[call.output_nr], visit)
+
+        handles = [
+            node.register_prehook(partial(arrive, call))
+            for node, call in behind.calls.items()
+            if node not in ends
+        ]
+        try:
+            with torch.no_grad():
+                # Asking for the deepest edges only makes the engine pass every other node on its way.
+                edges = [GradientEdge(node, call.output_nr) for node, call in ends.items()]
+                gradients = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
+                for call, gradient in zip(ends.values(), gradients, strict=True):
+                    self._hand_on(call, gradient, visit)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return behind.calls.keys()
+
+    def _check(self, behind: Behind) -> None:
+        hidden = self._without_grad - {call.layer for call in behind.calls.values()}
+        if behind.checkpoints and (hidden or behind.checkpoint_above_call or not behind.calls):
+            raise RuntimeError(
+                f"reentrant activation checkpointing hides {self._named(hidden) or 'layers'}: checkpoint "
+                "with use_reentrant=False (in transformers gradient_checkpointing_enable("
+                "gradient_checkpointing_kwargs={'use_reentrant': False}))"
+            )
+        if not behind.calls:
             raise RuntimeError(
                 "no preconditioned layer was found behind `output`: pass what the model's latest "
                 "forward pass returned, called through the model given to the optimizer, with grad enabled "
                 "and without torch.compile"
+                if self.detach.alive
+                else "the optimizer was detached from its model: build a new one to train on"
             )
 
-        def hand_on(index: int, gradient: Tensor) -> None:
-            record = self.records[index]
-            if record.inputs._version != record.version:
-                name = self._names[index]
-                raise RuntimeError(
-                    f"the input of layer {name!r} was changed in place after the layer had read it: change it "
-                    f"out of place, or leave the layer to plain SGD with exclude=[{name!r}]"
-                )
-            visit(index, record.inputs, gradient.reshape(record.shape))
+    def _leave_plain(self, layers: Iterable[int]) -> None:
+        new = set(layers) - self._plain.keys()
+        if new:
+            reason = "its weight is used outside the layer's own calls"
+            self._plain.update(dict.fromkeys(new, reason))
+            warnings.warn(f"left to plain SGD: {self._named(new)}, because {reason}")
 
-        def arrive(index: int, gradients: Sequence[Tensor | None]) -> None:
-            gradient = gradients[self.records[index].edge.output_nr]
-            if gradient is not None:
-                hand_on(index, gradient)
+    def _hand_on(self, call: Call, gradient: Tensor | None, visit: Visit) -> None:
+        if gradient is None or call.layer in self._plain:
+            return
+        name = self._layers[call.layer].name
+        if call.inputs is None:
+            raise RuntimeError(
+                f"`output` goes back to a call of layer {name!r} before the latest step: pass the output of "
+                "a forward pass after it, and detach what is carried over from one step to the next"
+            )
+        if call.inputs._version != call.version:
+            raise RuntimeError(
+                f"the input of layer {name!r} was changed in place after the layer had read it: change it "
+                f"out of place, or leave the layer to plain SGD with exclude=[{name!r}]"
+            )
+        visit(call.layer, call.inputs, gradient.reshape(call.shape), call.nodes.start)
 
-        handles = [node.register_prehook(partial(arrive, captured[node])) for node in reachable - deepest]
-        ends = [captured[node] for node in deepest]
-        try:
-            with torch.no_grad():
-                # Asking for the deepest edges only makes the engine pass every other node on its way.
-                edges = [self.records[index].edge for index in ends]
-                gradients = torch.autograd.grad(loss, edges, retain_graph=True)
-                for index, gradient in zip(ends, gradients, strict=True):
-                    hand_on(index, gradient)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return reachable
+    def _named(self, layers: Iterable[int]) -> str:
+        return ", ".join(f"layer {self._layers[index].name!r}" for index in sorted(layers))
+
+
+def _is_ordinary() -> bool:
+    """Neither traced, exported or compiled, nor recomputed in a backward pass."""
+    special = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return torch.is_grad_enabled() and not special and torch._C._current_graph_task_id() == -1
+
+
+def _detach(handles: list[RemovableHandle], forward_pass: ExitStack) -> None:
+    forward_pass.close()
+    for handle in handles:
+        handle.remove()
 
 
 def _without_view(output: Tensor) -> Tensor:
@@ -135,48 +211,3 @@ def _without_view(output: Tensor) -> Tensor:
     if base is None or base.numel() != output.numel() or not base.requires_grad:
         return output
     return base if base.is_contiguous() and output.is_contiguous() else output
-
-
-def _captured_below(root: Node | None, captured: Any) -> tuple[set[Node], set[Node]]:
-    """The captured nodes that ``root`` depends on, and those of them with no other one below."""
-    leads: dict[Node, bool] = {}
-    deepest: set[Node] = set()
-    stack = [(root, False)]
-    while stack:
-        node, children_done = stack.pop()
-        if node is None:
-            continue
-        if children_done:
-            below = any(leads.get(child, False) for child, _ in node.next_functions)  # pyright: ignore
-            leads[node] = below or node in captured
-            if node in captured and not below:
-                deepest.add(node)
-        elif node not in leads:
-            leads[node] = False
-            stack.append((node, True))
-            stack.extend((child, False) for child, _ in node.next_functions)
-    return {node for node in leads if node in captured}, deepest
-
-
-class _Hook:
-    """A hook that belongs to one model: a copy or a pickle of it does nothing."""
-
-    def __init__(
-        self,
-        method: weakref.WeakMethod | None = None,
-        index: int | None = None,
-        module: weakref.ref[nn.Module] | None = None,
-    ):
-        self.method, self.index, self.module = method, index, module
-
-    def __call__(self, module: nn.Module, *args: Any) -> None:
-        method = self.method() if self.method is not None else None
-        if method is None or (self.module is not None and self.module() is not module):
-            return
-        method(*(() if self.index is None else (self.index,)), module, *args)
-
-    def __deepcopy__(self, memo: Any) -> "_Hook":
-        return _Hook()
-
-    def __reduce__(self) -> tuple[type["_Hook"], tuple[()]]:
-        return _Hook, ()

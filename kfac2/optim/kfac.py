@@ -1,6 +1,7 @@
 """K-FAC with one and two levels, as real torch optimizers."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.optim.sgd import sgd
 
 from kfac2.curvature import INVERSES, CoarseSpace
 from kfac2.optim.capture import Capture
+from kfac2.optim.coverage import Coverage, summary
 from kfac2.optim.likelihood import LIKELIHOODS, check_labels, check_output
 from kfac2.optim.observation import sampled_backward
 from kfac2.optim.options import SharedOptions, as_generators, check_choice, refuse_distributed, shared_options
@@ -118,35 +120,42 @@ class KFAC(torch.optim.SGD):
         shared_options(self.param_groups)
 
         optimized = {p for group in self.param_groups for p in group["params"]}
-        layers, self.coverage = select_layers(model, optimized, exclude)
+        layers, self._entries = select_layers(model, optimized, exclude)
         set_sharing(layers, weight_sharing, batch_axis)
         self.preconditioner = Preconditioner(layers, self.param_groups, inverse, factor_decay, coarse)
         self._replicas_of_output = layers[0].replicas if layers[0].replicated else None
         self._likelihood = LIKELIHOODS[likelihood]
         self._generators = as_generators(generator, layers[0].replicas)
         self._placement = placement(self.param_groups)
+        this = weakref.ref(self)  # so that an optimizer nobody holds is gone at once, and its hooks with it
         self._capture = Capture(
-            model, [layer.name for layer in layers], [layer.module for layer in layers], self._refresh_is_due
+            model,
+            layers,
+            self.preconditioner.plain,
+            due=lambda: (optimizer := this()) is not None and optimizer.refresh_is_due,
         )
+        self._told_unseen = False
 
     # -- what the training loop calls ---------------------------------------------------------------
 
     def update_curvature(self, output: Tensor, labels: Tensor | None = None) -> None:
-        """Observe the curvature at the model's latest ``output``; does nothing unless a refresh is due.
+        """Observe the curvature at the model's ``output``; does nothing unless a refresh is due.
 
         Call it between the forward pass and ``backward()``. Several micro-batches before one ``step``
-        add up.
+        add up, and so do several calls of a layer: behind one output may stand several forward passes
+        since the latest step.
 
         Args:
-            output: what the model returned, ``([R,] B, ...)``.
+            output: what the model returned, or what was made of it, ``([R,] B, ...)``.
             labels: used instead of labels drawn from the model's prediction; the data's give the
                 empirical Fisher. Shape of ``output``, without the class axis if categorical.
 
         Raises:
             ValueError: labels or inputs of a wrong shape.
-            RuntimeError: an output that is not the latest forward pass's.
+            RuntimeError: an output without a forward pass of the model since the latest step behind it, or
+                with layers hidden in reentrant activation checkpointing.
         """
-        if not self._refresh_is_due():
+        if not self.refresh_is_due:
             return
         refuse_distributed()
         self._follow_model()
@@ -159,8 +168,8 @@ class KFAC(torch.optim.SGD):
         check_labels(self._likelihood, output, labels)
         preconditioner = self.preconditioner
 
-        def visit(index: int, inputs: Tensor, gradients: Tensor) -> None:
-            preconditioner.observe(index, inputs, gradients, samples)
+        def visit(index: int, inputs: Tensor, gradients: Tensor, call: int) -> None:
+            preconditioner.observe(index, inputs, gradients, samples, call)
 
         with torch.autocast(output.device.type, enabled=False):
             try:
@@ -193,9 +202,10 @@ class KFAC(torch.optim.SGD):
             return loss
         self._follow_model()
         options, preconditioner = shared_options(self.param_groups), self.preconditioner
-        if self._refresh_is_due():
+        if self.refresh_is_due:
             preconditioner.refresh_factors()
-            self._capture.clear()
+            self._capture.release()
+            self._tell_unseen_layers()
         if preconditioner.iteration % options.inverse_interval == 0:
             preconditioner.refresh_inverses(options.damping)
         gradients, active = preconditioner.gradients()
@@ -205,6 +215,26 @@ class KFAC(torch.optim.SGD):
         self._update_parameters(preconditioner.split(updates, active))
         preconditioner.iteration += 1
         return loss
+
+    @property
+    def refresh_is_due(self) -> bool:
+        """Whether the coming step refreshes the factors: then, and only then, forward passes are captured
+        and ``update_curvature`` must be called."""
+        interval = shared_options(self.param_groups).factor_interval
+        return self.preconditioner.iteration % interval == 0 and self.preconditioner.has_trainable_layer()
+
+    def detach(self) -> None:
+        """Take the optimizer's hook off the model: after training, before scripting, exporting or copying.
+
+        It does not come back: to train on, build a new optimizer. One that is gone has done it by itself.
+        """
+        self._capture.detach()
+
+    @property
+    def coverage(self) -> list[Coverage]:
+        """A line on each of the model's parameters: whether it is preconditioned, and why."""
+        plain = self._plain()
+        return [entry.line(plain) for entry in self._entries]
 
     @property
     def diagnostics(self) -> dict[str, Tensor]:
@@ -239,9 +269,19 @@ class KFAC(torch.optim.SGD):
     def coarse(self) -> CoarseSpace | None:
         return self.preconditioner.coarse
 
-    def _refresh_is_due(self) -> bool:
-        interval = shared_options(self.param_groups).factor_interval
-        return self.preconditioner.iteration % interval == 0 and self.preconditioner.has_trainable_layer()
+    def _plain(self) -> dict[int, str]:
+        """Positions of the layers that take plain steps, with the reason."""
+        unseen = dict.fromkeys(self.preconditioner.unseen_layers(), "never seen by a refresh")
+        return self.preconditioner.plain | unseen
+
+    def _tell_unseen_layers(self) -> None:
+        unseen = [self.preconditioner.layers[i].name for i in self.preconditioner.unseen_layers()]
+        if unseen and not self._told_unseen:
+            warnings.warn(
+                f"the first refresh has seen no call of layers {', '.join(unseen)}: they take plain steps "
+                "until one does. Where the model reads their weights without calling them, exclude them",
+            )
+        self._told_unseen = True
 
     def _update_parameters(self, preconditioned: dict[int, Tensor]) -> None:
         """SGD's own update (weight decay, heavy ball), with the preconditioned gradients by ``id``."""
@@ -353,7 +393,7 @@ class KFAC(torch.optim.SGD):
 
     def _load_entry(self, entry: dict[str, Any]) -> None:
         self.preconditioner.load_state_dict(entry)
-        self._capture.clear()
+        self._capture.release()
         try:
             for generator, saved in zip(self._generators, entry["generators"], strict=True):
                 generator.set_state(saved.cpu())
@@ -364,8 +404,9 @@ class KFAC(torch.optim.SGD):
         raise TypeError("a K-FAC optimizer is bound to its model's hooks: copy or pickle its state_dict()")
 
     def __repr__(self) -> str:
+        head = summary(self._entries, self.preconditioner.layers, self._plain(), self.preconditioner.memory())
         lines = "\n".join(f"    {line}" for line in self.coverage)
-        return f"{super().__repr__()}\nParameters:\n{lines}"
+        return f"{head}\n{super().__repr__()}\nParameters:\n{lines}"
 
 
 COARSE_OPTIONS = {

@@ -22,7 +22,8 @@ class Preconditioner:
     """Kronecker factors, damped inverses and, with two levels, a coarse space.
 
     ``iteration`` counts the finished steps: the paper's t is one more. ``ready`` says which layers have
-    been through a refresh of the inverses; the others take plain steps.
+    been through a refresh of the inverses; the others take plain steps. So do, whatever has been seen of
+    them, those in ``plain``: their positions, with the reason.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Preconditioner:
             coarse.averaged = frozenset(i for i, layer in enumerate(layers) if layer.reduces)
         self.iteration = 0
         self.ready = [False] * len(layers)
+        self.plain: dict[int, str] = {}
         self.diverged = torch.zeros(self.replicas, dtype=torch.bool)
         self.failures = {
             name: torch.zeros(self.replicas, dtype=torch.int64)
@@ -56,7 +58,28 @@ class Preconditioner:
         self._batch: Batch | None = None
 
     def has_trainable_layer(self) -> bool:
-        return any(layer.weight.requires_grad for layer in self.layers)
+        return any(layer.weight.requires_grad for i, layer in enumerate(self.layers) if i not in self.plain)
+
+    def unseen_layers(self) -> list[int]:
+        """After the first refresh of the factors, the layers that none has seen though they could be."""
+        attempted = {
+            index: bool(seen)
+            for stack in self.stacks
+            for index, seen in zip(stack.index.tolist(), stack.blocks.attempted, strict=True)
+        }
+        if not any(attempted.values()):
+            return []
+        return [
+            i
+            for i, layer in enumerate(self.layers)
+            if layer.weight.requires_grad and not attempted[i] and i not in self.plain
+        ]
+
+    def memory(self) -> int:
+        """Bytes of the factors, their inverses and the coarse matrices."""
+        state = self.state_dict()
+        parts = [*state["layers"].values(), state["coarse"] or {}]
+        return sum(x.nbytes for part in parts for x in part.values() if isinstance(x, Tensor))
 
     def relocate(self, param_groups: Sequence[dict[str, Any]]) -> None:
         """Follow the layers to the types and devices they have now; a sample under way is forgotten.
@@ -180,8 +203,11 @@ class Preconditioner:
     def gradients(self) -> tuple[Blocks, list[bool]]:
         """The plain gradients, and which layers take part in this step."""
         active = [
-            ready and layer.weight.requires_grad and layer.weight.grad is not None
-            for ready, layer in zip(self.ready, self.layers, strict=True)
+            self.ready[i]
+            and i not in self.plain
+            and layer.weight.requires_grad
+            and layer.weight.grad is not None
+            for i, layer in enumerate(self.layers)
         ]
         return [stack.gradients(active) for stack in self.stacks], active
 
@@ -242,6 +268,7 @@ class Preconditioner:
             "iteration": self.iteration,
             "layers": layers,
             "ready": list(self.ready),
+            "plain": {self.layers[i].name: reason for i, reason in self.plain.items()},
             "coarse": None if self.coarse is None else self.coarse.state_dict(),
             "diverged": self.diverged.clone(),
             **{name: count.clone() for name, count in self.failures.items()},
@@ -268,6 +295,11 @@ class Preconditioner:
         for stack in self.stacks:
             stack.blocks.load([state["layers"][layer.name] for layer in stack.layers])
         self.iteration, self.ready = state["iteration"], list(state["ready"])
+        saved = state.get("plain", {})
+        self.plain.clear()
+        self.plain.update(
+            {i: saved[layer.name] for i, layer in enumerate(self.layers) if layer.name in saved}
+        )
         self.diverged = state["diverged"].cpu().clone()
         for name, count in self.failures.items():
             # An older state has one number for all replicas: any of them may be concerned.

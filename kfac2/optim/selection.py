@@ -2,26 +2,15 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 from torch import nn
 
+from kfac2.optim.coverage import Entry
+from kfac2.optim.hooks import has_own_forward
 from kfac2.optim.layers import ADAPTERS, Layer
 
 Exclude = Iterable[str] | Callable[[str, nn.Module], bool]
 DATA_PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
-
-
-class Coverage(NamedTuple):
-    """One line of ``optimizer.coverage``."""
-
-    parameter: str
-    preconditioned: bool
-    reason: str
-
-    def __str__(self) -> str:
-        kind = "preconditioned" if self.preconditioned else "plain"
-        return f"{self.parameter}: {kind} ({self.reason})"
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -47,8 +36,8 @@ def canonical_name(name: str) -> str:
 
 def select_layers(
     model: nn.Module, optimized: set[nn.Parameter], exclude: Exclude
-) -> tuple[list[Layer], list[Coverage]]:
-    """The layers to precondition, in the model's order, and a line on each of the model's parameters.
+) -> tuple[list[Layer], list[Entry]]:
+    """The layers to precondition, in the model's order, and an entry for each of the model's parameters.
 
     Raises:
         ValueError: an excluded name that the model does not have, no supported layer at all, or
@@ -57,7 +46,7 @@ def select_layers(
     excluded = _exclusion(model, exclude)
     shared = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     layers: list[Layer] = []
-    coverage: list[Coverage] = []
+    entries: list[Entry] = []
     for name, module in model.named_modules():
         reason = _reason_for_plain(name, module, optimized, excluded, shared)
         layer = None
@@ -69,9 +58,10 @@ def select_layers(
         for key, parameter in module.named_parameters(recurse=False):
             inside = layer is not None and any(parameter is p for p in layer.parameters)
             why = _describe(parameter, optimized, reason, inside, type(module).__name__)
-            coverage.append(Coverage(f"{name}.{key}".lstrip("."), inside, why))
-    _check(layers, coverage)
-    return layers, coverage
+            position = len(layers) - 1 if inside else None
+            entries.append(Entry(f"{name}.{key}".lstrip("."), parameter, position, why))
+    _check(layers, entries)
+    return layers, entries
 
 
 def _reason_for_plain(
@@ -91,6 +81,8 @@ def _reason_for_plain(
         return "shared with another module"
     if module.weight.is_complex():  # pyright: ignore[reportCallIssue]
         return "complex weights have no Kronecker block here"
+    if not has_own_forward(module):
+        return f"its forward is not that of {type(module).__name__}"
     return ADAPTERS[type(module)].unsupported(module)
 
 
@@ -100,8 +92,7 @@ def _describe(
     if parameter not in optimized:
         return "not given to the optimizer"
     if inside:
-        frozen = "" if parameter.requires_grad else ", frozen now"
-        return f"Kronecker-factored block of a {kind}{frozen}"
+        return f"Kronecker-factored block of a {kind}"
     return reason or "was frozen when the optimizer was built"
 
 
@@ -117,10 +108,10 @@ def _exclusion(model: nn.Module, exclude: Exclude) -> Callable[[str, nn.Module],
     return lambda name, module: any(name == e or name.startswith(f"{e}.") for e in names)
 
 
-def _check(layers: Sequence[Layer], coverage: Sequence[Coverage]) -> None:
+def _check(layers: Sequence[Layer], entries: Sequence[Entry]) -> None:
     if not layers:
         supported = ", ".join(kind.__name__ for kind in ADAPTERS)
-        lines = "\n".join(f"  {line}" for line in coverage)
+        lines = "\n".join(f"  {entry.line({})}" for entry in entries)
         raise ValueError(f"no layer to precondition: supported are {supported}. Found:\n{lines}")
     kinds = {(layer.replicated, layer.replicas) for layer in layers}
     if len(kinds) > 1:

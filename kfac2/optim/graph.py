@@ -1,0 +1,99 @@
+"""What lies behind an output in the graph of autograd: calls of layers, and every use of their weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class Call:
+    """One call of a layer. It lies on its output's node, so it lives as long as the graph does."""
+
+    layer: int
+    inputs: Tensor | None
+    """Without their own history, which may lead back to the node; None once they have been released."""
+    version: int
+    """Of the inputs, which must not be overwritten before they are read."""
+    shape: torch.Size
+    """Of the output, and of its gradient."""
+    output_nr: int
+    nodes: range
+    """Sequence numbers of the nodes that the layer itself has made."""
+
+
+@dataclass
+class Behind:
+    """What an output depends on."""
+
+    calls: dict[Node, Call] = field(default_factory=dict)
+    deepest: list[Node] = field(default_factory=list)
+    """Those nodes of calls that have no other call below."""
+    uses: list[tuple[int, Node]] = field(default_factory=list)
+    """A layer, and a node that combines its weight (transposed, cast, …) with something else."""
+    checkpoints: list[Node] = field(default_factory=list)
+    """Nodes of reentrant activation checkpointing, which hide what they have run."""
+    checkpoint_above_call: bool = False
+
+    def used_elsewhere(self) -> set[int]:
+        """The layers whose weight is used by anything but a call."""
+        own: dict[int, list[range]] = {}
+        for call in self.calls.values():
+            own.setdefault(call.layer, []).append(call.nodes)
+        return {
+            layer
+            for layer, node in self.uses
+            if not any(node._sequence_nr() in nodes for nodes in own.get(layer, ()))  # pyright: ignore
+        }
+
+
+def look_behind(root: Node | None, key: object, weights: Mapping[nn.Parameter, int]) -> Behind:
+    """Walk down from ``root``; calls lie under ``key`` in the nodes' metadata, ``weights`` give the layers."""
+    behind = Behind()
+    leads: dict[Node, bool] = {}  # whether a call lies at the node or below
+    carries: dict[Node, int] = {}  # the weight that nodes with a single input hand up
+    stack = [(root, False)]
+    while stack:
+        node, children_done = stack.pop()
+        if node is None or (not children_done and node in leads):
+            continue
+        children = [child for child, _ in node.next_functions]
+        if not children_done:
+            leads[node] = False
+            stack.append((node, True))
+            stack.extend((child, False) for child in children)
+        elif not children:
+            layer = weights.get(getattr(node, "variable", None))  # pyright: ignore
+            if layer is not None:
+                carries[node] = layer
+        else:
+            _visit(node, children, key, behind, leads, carries)
+    return behind
+
+
+def _visit(
+    node: Node,
+    children: list[Node | None],
+    key: object,
+    behind: Behind,
+    leads: dict[Node, bool],
+    carries: dict[Node, int],
+) -> None:
+    """Note what a node is, its children being known."""
+    below = any(leads[child] for child in children if child is not None)
+    call: Call | None = node.metadata.get(key)  # pyright: ignore[reportAttributeAccessIssue]
+    if call is not None:
+        behind.calls[node] = call
+        if not below:
+            behind.deepest.append(node)
+    leads[node] = below or call is not None
+    carried = [carries[child] for child in children if child in carries]
+    if carried and len(children) == 1:
+        carries[node] = carried[0]
+    else:
+        behind.uses += [(layer, node) for layer in carried]
+    if type(node).__name__ == "CheckpointFunctionBackward":
+        behind.checkpoints.append(node)
+        behind.checkpoint_above_call |= below
