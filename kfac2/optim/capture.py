@@ -12,14 +12,12 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
-from torch.utils.hooks import RemovableHandle
 
 from kfac2.optim.graph import Behind, Call, look_behind
 from kfac2.optim.hooks import Hook, follow, follow_running, has_own_forward, next_sequence_number
@@ -45,10 +43,10 @@ class Capture:
         self._calls: weakref.WeakSet[Call] = weakref.WeakSet()
         self._without_grad: set[int] = set()
         self._depth = 0
-        self._pass = ExitStack()
         begin = model.register_forward_pre_hook(Hook(weakref.WeakMethod(self._begin), model))
-        self._handles = [begin]
-        self.detach = weakref.finalize(self, _detach, self._handles, self._pass)
+        self._undo: list[Callable[[], None]] = [begin.remove]
+        """Takes off the hooks: that before the model's passes, that after one, and the layers'."""
+        self.detach = weakref.finalize(self, _take_off, self._undo)
         self.detach.atexit = False
 
     def release(self) -> None:
@@ -64,31 +62,23 @@ class Capture:
         if self._depth and self._due():  # the model calls itself
             self._depth += 1
             return
-        self._end_pass()  # an interrupted pass has not
+        self._depth = 0
+        _take_off(self._undo, all_but=1)  # what an interrupted pass has left
         if not (_is_ordinary() and self._due()):
             return
         self._depth = 1
         end = Hook(weakref.WeakMethod(self._end), module)
-        self._handles.append(module.register_forward_hook(end, always_call=True))
+        self._undo.append(module.register_forward_hook(end, always_call=True).remove)
         for index, layer in enumerate(self._layers):
             if index not in self._plain and has_own_forward(layer.module):
                 attach = follow_running if layer.module is module else follow
-                self._pass.callback(attach(layer.module, partial(self._record, index)))
+                self._undo.append(attach(layer.module, partial(self._record, index)))
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         self._depth -= 1
         if self._depth == 0:
-            self._pass.close()
-            # Where the pass has failed, torch is walking through the very hooks that this would remove.
-            if sys.exc_info()[0] is None:
-                self._end_pass()
-
-    def _end_pass(self) -> None:
-        self._depth = 0
-        self._pass.close()
-        for handle in self._handles[1:]:
-            handle.remove()
-        del self._handles[1:]
+            # Where the pass has failed, torch is walking through the hooks that this one is among.
+            _take_off(self._undo, all_but=1 if sys.exc_info()[0] is None else 2)
 
     def _record(
         self, index: int, module: nn.Module, first: int, args: Any, kwargs: Any, output: Tensor
@@ -196,10 +186,9 @@ def _is_ordinary() -> bool:
     return torch.is_grad_enabled() and not special and torch._C._current_graph_task_id() == -1
 
 
-def _detach(handles: list[RemovableHandle], forward_pass: ExitStack) -> None:
-    forward_pass.close()
-    for handle in handles:
-        handle.remove()
+def _take_off(undo: list[Callable[[], None]], all_but: int = 0) -> None:
+    while len(undo) > all_but:
+        undo.pop()()
 
 
 def _without_view(output: Tensor) -> Tensor:

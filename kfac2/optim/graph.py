@@ -33,8 +33,8 @@ class Behind:
     """Those nodes of calls that have no other call below."""
     uses: list[tuple[int, Node]] = field(default_factory=list)
     """A layer, and a node that combines its weight (transposed, cast, …) with something else."""
-    checkpoints: list[Node] = field(default_factory=list)
-    """Nodes of reentrant activation checkpointing, which hide what they have run."""
+    checkpoints: int = 0
+    """Number of nodes of reentrant activation checkpointing, which hide what they have run."""
     checkpoint_above_call: bool = False
 
     def used_elsewhere(self) -> set[int]:
@@ -54,26 +54,23 @@ def look_behind(root: Node | None, key: object, weights: Mapping[nn.Parameter, i
     behind = Behind()
     leads: dict[Node, bool] = {}  # whether a call lies at the node or below
     carries: dict[Node, int] = {}  # the weight that nodes with a single input hand up
-    stack = [(root, False)]
+    stack: list[tuple[Node, list[Node | None] | None]] = [] if root is None else [(root, None)]
     while stack:
-        node, children_done = stack.pop()
-        if node is None or (not children_done and node in leads):
-            continue
-        children = [child for child, _ in node.next_functions]
-        if not children_done:
+        node, children = stack.pop()
+        if children is not None:
+            _classify(node, children, key, behind, leads, carries)
+        elif node not in leads:
             leads[node] = False
-            stack.append((node, True))
-            stack.extend((child, False) for child in children)
-        elif not children:
-            layer = weights.get(getattr(node, "variable", None))  # pyright: ignore
-            if layer is not None:
+            children = [child for child, _ in node.next_functions]
+            if children:
+                stack.append((node, children))  # again, after its children
+                stack += [(child, None) for child in children if child is not None]
+            elif (layer := weights.get(getattr(node, "variable", None))) is not None:  # pyright: ignore
                 carries[node] = layer
-        else:
-            _visit(node, children, key, behind, leads, carries)
     return behind
 
 
-def _visit(
+def _classify(
     node: Node,
     children: list[Node | None],
     key: object,
@@ -95,5 +92,5 @@ def _visit(
     else:
         behind.uses += [(layer, node) for layer in carried]
     if type(node).__name__ == "CheckpointFunctionBackward":
-        behind.checkpoints.append(node)
+        behind.checkpoints += 1
         behind.checkpoint_above_call |= below

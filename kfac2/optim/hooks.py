@@ -102,5 +102,6 @@ def follow_running(model: nn.Module, follower: Follower) -> Callable[[], None]:
 def has_own_forward(module: nn.Module) -> bool:
     """Whether its ``forward`` is that of its class, stand-ins aside."""
     forward = vars(module).get("forward")
-    plain = MethodType(type(module).forward, module)
-    return forward is None or isinstance(forward, StandIn) or forward == plain
+    if forward is None or isinstance(forward, StandIn):
+        return True
+    return forward == MethodType(type(module).forward, module)  # a copy's, made during a forward pass
