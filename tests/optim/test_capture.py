@@ -357,14 +357,6 @@ def test_tied_weights_take_plain_steps(kind: type[KFAC]) -> None:
     assert [line.parameter for line in optimizer.coverage if line.preconditioned] == ["4.weight", "4.bias"]
 
 
-@each_optimizer
-def test_a_layer_called_twice_is_named_with_the_remedy(kind: type[KFAC]) -> None:
-    model = Twice()
-    with pytest.raises(RuntimeError, match=r"'inner' was called twice.*exclude=\['inner'\]"):
-        trained(kind, model)
-    trained(kind, Twice(), exclude=["inner"])
-
-
 def test_a_layer_called_again_without_grad_is_called_once() -> None:
     def shift(layer: nn.Module, h: Tensor) -> Tensor:
         with torch.no_grad():

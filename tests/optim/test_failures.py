@@ -123,23 +123,8 @@ def test_update_curvature_may_be_left_out_where_nothing_is_due() -> None:
     optimizer.step()
 
 
-def earlier(model: nn.Module, x: Tensor) -> Tensor:
-    output = model(x)
-    model(x)
-    return output
-
-
-def before_an_evaluation(model: nn.Module, x: Tensor) -> Tensor:
-    output = model(x)
-    with torch.no_grad():
-        model(x)
-    return output
-
-
 FOREIGN_OUTPUTS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
     "another model's": (lambda model, x: network()(x), "model's latest forward pass"),
-    "an earlier forward's": (earlier, "latest forward pass"),
-    "before an evaluation": (before_an_evaluation, "latest forward pass"),
     "around the model": (lambda model, x: model.forward(x), "called through the model"),
     "no model's": (lambda model, x: x.requires_grad_()[:, :CLASSES], "model's latest forward pass"),
     "under no_grad": (lambda model, x: torch.no_grad()(model)(x), "with grad enabled"),
@@ -149,13 +134,22 @@ FOREIGN_OUTPUTS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = 
 
 @each_optimizer
 @pytest.mark.parametrize("case", FOREIGN_OUTPUTS)
-def test_an_output_that_is_not_the_latest_forwards(kind: type[KFAC], case: str) -> None:
+def test_an_output_of_no_forward_pass_of_the_model(kind: type[KFAC], case: str) -> None:
     model = network()
     optimizer = build(kind, model)
     make, message = FOREIGN_OUTPUTS[case]
     output = make(model, batch(0)[0])
     with pytest.raises(RuntimeError, match=message):
         optimizer.update_curvature(output)
+
+
+def test_an_output_of_before_the_latest_step() -> None:
+    model = network()
+    optimizer = build(KFAC, model, factor_interval=1)
+    old = model(batch(0)[0])
+    train(model, optimizer, 1)
+    with pytest.raises(RuntimeError, match="layer '0' before the latest step.*detach what is carried over"):
+        optimizer.update_curvature(old)
 
 
 @pytest.mark.parametrize(
