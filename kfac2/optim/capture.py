@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from kfac2.optim.graph import Behind, Call, look_behind
-from kfac2.optim.hooks import Hook, follow, follow_running, has_own_forward, next_sequence_number
+from kfac2.optim.hooks import (
+    Hook,
+    calls_under_way,
+    follow,
+    follow_running,
+    has_own_forward,
+    next_sequence_number,
+)
 from kfac2.optim.layers import Layer
 
 Visit = Callable[[int, Tensor, Tensor, int], None]
@@ -59,7 +66,7 @@ class Capture:
     # -- the model's forward pass -------------------------------------------------------------------
 
     def _begin(self, module: nn.Module, args: Any) -> None:
-        if self._depth and self._due():  # the model calls itself
+        if self._depth and calls_under_way(module) > 1:  # the model calls itself
             self._depth += 1
             return
         self._depth = 0
@@ -181,9 +188,9 @@ class Capture:
 
 
 def _is_ordinary() -> bool:
-    """Neither traced, exported or compiled, nor recomputed in a backward pass."""
-    special = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    return torch.is_grad_enabled() and not special and torch._C._current_graph_task_id() == -1
+    """With grad, and neither traced nor recomputed in a backward pass."""
+    traced = torch._C._get_tracing_state() is not None
+    return torch.is_grad_enabled() and not traced and torch._C._current_graph_task_id() == -1
 
 
 def _take_off(undo: list[Callable[[], None]], all_but: int = 0) -> None:

@@ -1,5 +1,6 @@
 """Hooks that leave no trace: not on copies of a model, and on its layers only while they are wanted."""
 
+import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -16,12 +17,15 @@ from torch.nn.modules.module import (
 
 
 class Hook:
-    """A hook that belongs to one model: a copy or a pickle of it does nothing."""
+    """A hook that belongs to one model: a copy or a pickle of it does nothing, nor has it any part in a
+    compiled or exported graph."""
 
     def __init__(self, method: weakref.WeakMethod | None = None, module: nn.Module | None = None):
         self.method, self.module = method, None if module is None else weakref.ref(module)
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         method = self.method() if self.method is not None else None
         if method is not None and self.module is not None and self.module() is module:
             method(module, *args)
@@ -58,8 +62,8 @@ class StandIn:
             follower(self.module, first, args, kwargs, output)
         return output
 
-    def __reduce__(self) -> tuple[type[MethodType], tuple[Any, nn.Module]]:
-        return MethodType, (type(self.module).forward, self.module)
+    def __reduce__(self) -> tuple[Any, tuple[nn.Module, str]]:
+        return getattr, (self.module, "forward")
 
     def remove(self, follower: Follower) -> None:
         self.followers.remove(follower)
@@ -97,6 +101,15 @@ def follow_running(model: nn.Module, follower: Follower) -> Callable[[], None]:
         _global_forward_hooks_with_kwargs.pop(handle.id, None)  # which torch forgets
 
     return undo
+
+
+def calls_under_way(module: nn.Module) -> int:
+    """How often the module stands on this thread's stack."""
+    frame, number = sys._getframe(), 0
+    while frame is not None:
+        number += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is module
+        frame = frame.f_back
+    return number
 
 
 def has_own_forward(module: nn.Module) -> bool:

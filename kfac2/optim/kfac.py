@@ -234,7 +234,7 @@ class KFAC(torch.optim.SGD):
     def coverage(self) -> list[Coverage]:
         """A line on each of the model's parameters: whether it is preconditioned, and why."""
         plain = self._plain()
-        return [entry.line(plain) for entry in self._entries]
+        return [entry.line(plain, self.preconditioner.outside_coarse) for entry in self._entries]
 
     @property
     def diagnostics(self) -> dict[str, Tensor]:

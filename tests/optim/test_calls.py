@@ -88,7 +88,9 @@ def factors_by_hand(net: Net, output_of: Callable[[Net, Tensor], Tensor], x: Ten
             calls.setdefault(name, []).append((inputs, output))
 
     for name, layer in layers.items():
-        layer.register_forward_hook(lambda _, args, output, name=name: note(name, args[0], output))
+        layer.register_forward_hook(
+            lambda _, args, output, name=name: note(name, args[0], output)  # pyright: ignore
+        )
     output = output_of(net, x)
     loss = F.cross_entropy(output, labels_of(output), reduction="sum")
     factors = {}
@@ -247,7 +249,7 @@ def test_calls_alone_are_no_other_use(
 
 def test_a_layer_with_a_forward_of_its_own_is_plain() -> None:
     net = Net(chain)
-    net.inner.forward = lambda x: 2 * nn.Linear.forward(net.inner, x)
+    net.inner.forward = lambda input: 2 * nn.Linear.forward(net.inner, input)
     optimizer = build(KFAC, net)
     assert "inner.weight: plain (its forward is not that of Linear)" in repr(optimizer)
     train(net, optimizer, INVERSES)
@@ -261,15 +263,19 @@ class Triple(nn.Module):
         return 3 * x
 
 
+def triple(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return 3 * output
+
+
 @pytest.fixture
 def tripling() -> Iterator[Callable[[nn.Module], None]]:
     """Lets a global hook triple what a module returns."""
     handles = []
 
-    def triple(module: nn.Module) -> None:
+    def register(module: nn.Module) -> None:
         handles.append(register_module_forward_hook(lambda m, _, output: 3 * output if m is module else None))
 
-    yield triple
+    yield register
     for handle in handles:
         handle.remove()
 
@@ -282,7 +288,7 @@ def test_a_hook_that_replaces_the_output(kind: type[KFAC], where: str, tripling:
     if where == "global":
         tripling(hooked[0])
     else:
-        hooked[0].register_forward_hook(lambda m, _, output: 3 * output, prepend=where == "first")
+        hooked[0].register_forward_hook(triple, prepend=where == "first")
     train(written_out, build(kind, written_out), INVERSES + 1)
     train(hooked, build(kind, hooked), INVERSES + 1)
     assert same(plain, hooked)
@@ -296,7 +302,7 @@ def test_a_hook_that_replaces_the_output_of_a_model_that_is_one_layer(where: str
     if where == "global":
         tripling(layer)
     else:
-        layer.register_forward_hook(lambda m, _, output: 3 * output)
+        layer.register_forward_hook(triple)
     train(written_out, build(TwoLevelKFAC, written_out), INVERSES + 1)
     train(layer, build(TwoLevelKFAC, layer), INVERSES + 1)
     assert same(nn.Sequential(layer, Triple()), written_out)
