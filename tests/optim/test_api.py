@@ -371,7 +371,7 @@ def test_update_curvature_does_nothing_unless_due(kind: type[KFAC]) -> None:
     drawn, torchs = generator.get_state(), torch.get_rng_state()
     output = model(batch(1)[0])
     optimizer.update_curvature(output)
-    optimizer.update_curvature(output.detach(), labels=torch.zeros(1))
+    optimizer.update_curvature(output, labels=batch(1)[1])
     assert torch.equal(generator.get_state(), drawn)
     assert torch.equal(torch.get_rng_state(), torchs)
     assert not any(module._forward_hooks for module in model.modules())
