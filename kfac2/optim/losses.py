@@ -61,38 +61,22 @@ class Loss(NamedTuple):
             RuntimeError: an output without autograd history.
             ValueError: a shape or type that does not fit the loss, the replicas or the output.
         """
-        if not isinstance(output, Tensor):
-            remedy = "pass its .logits" if hasattr(output, "logits") else "pass the one the loss is of"
-            raise TypeError(f"output must be one tensor, got {type(output).__name__}: {remedy}")
-        if not output.is_floating_point():
-            raise TypeError(f"output must be real floating point, got {output.dtype}")
-        if torch.is_grad_enabled() and not output.requires_grad:
-            raise RuntimeError(
-                "output does not require grad: pass the model's output, made with grad enabled"
-            )
-        if output.dim() < self.leading or self.replicas not in (None, output.shape[0]):
-            expected = "(batch, ...)" if self.replicas is None else f"({self.replicas}, batch, ...)"
-            raise ValueError(f"output has shape {tuple(output.shape)}, expected {expected}")
-        shape = output.shape
-        if self.likelihood.has_classes:
-            axis = self._class_axis(shape)
-            shape = shape[:axis] + shape[axis + 1 :]
+        _check_tensor(output, self.leading, self.replicas)
+        shape = self._label_shape(output.shape)
         for name, given in (("labels", labels), ("targets", targets)):
-            if given is None:
-                continue
-            if given.shape != shape:
+            if given is not None and given.shape != shape:
                 raise ValueError(
                     f"{name} have shape {tuple(given.shape)}, the output asks for {tuple(shape)}"
                 )
-            if self.likelihood.has_classes and given.is_floating_point():
+            if given is not None and self.likelihood.has_classes and given.is_floating_point():
                 raise ValueError(f"{name} must be class numbers, got {given.dtype}")
-        if mask is not None and (
-            mask.dtype != torch.bool or mask.shape != shape[: max(mask.dim(), self.leading)]
-        ):
-            raise ValueError(
-                f"mask must be bool, of shape {tuple(shape)} or its first axes, got {mask.dtype} of shape "
-                f"{tuple(mask.shape)}"
-            )
+        if mask is not None:
+            first = shape[: max(mask.dim(), self.leading)]
+            if mask.dtype != torch.bool or mask.shape != first:
+                raise ValueError(
+                    f"mask must be bool, of shape {tuple(shape)} or its first axes, got {mask.dtype} of "
+                    f"shape {tuple(mask.shape)}"
+                )
         if self.needs_targets and labels is None and targets is None:
             raise ValueError(
                 f"the curvature of a loss with {self.needs_targets}= depends on the data's labels: call "
@@ -108,10 +92,10 @@ class Loss(NamedTuple):
         mask: Tensor | None = None,
     ) -> Tensor:
         """The sampled loss of checked arguments; ``labels`` stand in for drawn ones."""
+        targets = labels if targets is None else targets
+        counts = self._counts(self._label_shape(output.shape), targets, mask)
         if self.likelihood.has_classes:
             output = output.movedim(self._class_axis(output.shape), -1)
-        targets = labels if targets is None else targets
-        counts = self._counts(output, targets, mask)
         if labels is None:
             labels = self.likelihood.draw(output.detach(), generators)
         elif counts is not None:
@@ -154,9 +138,14 @@ class Loss(NamedTuple):
             )
         return axis
 
-    def _counts(self, output: Tensor, targets: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    def _label_shape(self, shape: torch.Size) -> torch.Size:
+        if not self.likelihood.has_classes:
+            return shape
+        axis = self._class_axis(shape)
+        return shape[:axis] + shape[axis + 1 :]
+
+    def _counts(self, shape: torch.Size, targets: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """Which terms count, in their shape; None where all do."""
-        shape = output.shape[:-1] if self.likelihood.has_classes else output.shape
         counts = None
         if mask is not None:
             counts = mask.reshape(*mask.shape, *[1] * (len(shape) - mask.dim())).expand(shape)
@@ -180,6 +169,19 @@ class Loss(NamedTuple):
             N = terms.new_ones(())
         N = N.clamp(min=torch.finfo(N.dtype).tiny).reshape(*N.shape, *[1] * (terms.dim() - N.dim()))
         return (terms.shape[self.leading - 1] * per_term(self.curvature(targets)) * counted / N).sqrt()
+
+
+def _check_tensor(output: Any, leading: int, replicas: int | None) -> None:
+    if not isinstance(output, Tensor):
+        remedy = "pass its .logits" if hasattr(output, "logits") else "pass the one the loss is of"
+        raise TypeError(f"output must be one tensor, got {type(output).__name__}: {remedy}")
+    if not output.is_floating_point():
+        raise TypeError(f"output must be real floating point, got {output.dtype}")
+    if torch.is_grad_enabled() and not output.requires_grad:
+        raise RuntimeError("output does not require grad: pass the model's output, made with grad enabled")
+    if output.dim() < leading or replicas not in (None, output.shape[0]):
+        expected = "(batch, ...)" if replicas is None else f"({replicas}, batch, ...)"
+        raise ValueError(f"output has shape {tuple(output.shape)}, expected {expected}")
 
 
 NAMED = {

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from kfac2 import KFAC
 from kfac2.optim.losses import Loss, loss_of
 from tests.optim import loop
-from tests.optim.loop import CLASSES, INPUTS, REPLICAS, build, each_optimizer, layer_of, network, seeds, train
+from tests.optim.loop import REPLICAS, build, each_optimizer, layer_of, network, seeds, train
 
 WEIGHT = torch.tensor([0.5, 2.0, 0.0]).double()
 POSITIVE = torch.tensor([3.0, 0.2, 1.0]).double()
@@ -179,60 +179,6 @@ def test_one_step_with_drawn_labels_is_nearly_newtons(criterion: nn.MSELoss) -> 
     assert ((layer_of(model, 0).weight.detach() - start) * way).sum() / way.square().sum() == pytest.approx(
         1, abs=0.1
     )
-
-
-class Positions(nn.Module):
-    """A network on every position; outputs as the optimizer is told they are."""
-
-    def __init__(self, arrange: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.net, self.arrange = network(), arrange
-        self.net[1] = nn.Identity()  # a batch norm would want rows
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.arrange(self.net(x))
-
-
-def positions_trained(arrange: Callable[[Tensor], Tensor], data: Tensor, **options: Any) -> Positions:
-    model = Positions(arrange)
-    optimizer = build(KFAC, model, **options)
-    for step in range(4):
-        y = torch.randint(CLASSES, (24,), generator=torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        output = model(data)
-        optimizer.update_curvature(output)
-        rows = output.flatten(2).mT if output.dim() == 4 else output
-        F.cross_entropy(rows.reshape(24, CLASSES), y).backward()
-        optimizer.step()
-    return model
-
-
-def test_one_level_on_tokens_or_pixels_is_one_level_on_their_rows() -> None:
-    data = torch.randn(4, 6, INPUTS, generator=torch.Generator().manual_seed(0)).double()
-    rows = positions_trained(lambda x: x, data.flatten(0, 1))
-    tokens = positions_trained(lambda x: x, data, class_dim=-1)
-    pixels = positions_trained(lambda x: x.mT.unflatten(-1, (2, 3)), data, class_dim=1)
-    loop.assert_close(tokens, rows)
-    loop.assert_close(pixels, rows)
-
-
-def test_positions_that_do_not_count_leave_the_output_factors_alone() -> None:
-    generator = torch.Generator().manual_seed(0)
-    data = torch.randn(4, 6, INPUTS, generator=generator).double()
-    mask = torch.rand(4, 6, generator=generator) < 0.6
-    factors = []
-    for inputs, counts in ((data, mask), (data.masked_fill(~mask[..., None], 7.0), mask), (data[mask], None)):
-        model = Positions(lambda x: x)
-        optimizer = build(KFAC, model, class_dim=-1)
-        output = model(inputs)
-        labels = torch.zeros(data.shape[:-1], dtype=torch.int64)  # not drawn: the draws differ in number
-        labels = labels if counts is not None else labels[mask]
-        optimizer.update_curvature(output, labels=labels, mask=counts)
-        output.sum().backward()
-        optimizer.step()
-        factors.append([stack.blocks.g for stack in optimizer.preconditioner.stacks])
-    for other in factors[1:]:
-        assert_close(other, factors[0], rtol=1e-12, atol=1e-14)
 
 
 def test_given_labels_that_are_ignored_are_masked() -> None:
