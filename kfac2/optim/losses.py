@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from kfac2.optim.likelihood import LIKELIHOODS, Likelihood
 from kfac2.optim.options import check_choice
 
+IGNORE_INDEX = nn.CrossEntropyLoss().ignore_index
+"""Torch's default: whoever sets another one has labels to ignore."""
+
 OfTargets = Callable[[Tensor | None], Tensor | float]
 """A number per term, or one for all, from the data's labels."""
 
@@ -57,30 +60,22 @@ class Loss(NamedTuple):
         """Types and shapes only, so that it costs microseconds.
 
         Raises:
-            TypeError: an output that is no real tensor.
+            TypeError: an argument that is no tensor, or of a wrong type.
             RuntimeError: an output without autograd history.
             ValueError: a shape or type that does not fit the loss, the replicas or the output.
         """
-        _check_tensor(output, self.leading, self.replicas)
+        _check_output(output, self.leading, self.replicas)
         shape = self._label_shape(output.shape)
-        for name, given in (("labels", labels), ("targets", targets)):
-            if given is not None and given.shape != shape:
-                raise ValueError(
-                    f"{name} have shape {tuple(given.shape)}, the output asks for {tuple(shape)}"
-                )
-            if given is not None and self.likelihood.has_classes and given.is_floating_point():
-                raise ValueError(f"{name} must be class numbers, got {given.dtype}")
-        if mask is not None:
-            first = shape[: max(mask.dim(), self.leading)]
-            if mask.dtype != torch.bool or mask.shape != first:
-                raise ValueError(
-                    f"mask must be bool, of shape {tuple(shape)} or its first axes, got {mask.dtype} of "
-                    f"shape {tuple(mask.shape)}"
-                )
-        if self.needs_targets and labels is None and targets is None:
+        _check_labels("labels", labels, shape, self.likelihood.has_classes)
+        _check_labels("targets", targets, shape, self.likelihood.has_classes)
+        _check_mask(mask, shape, self.leading)
+        if labels is not None or targets is not None:
+            return
+        ignores = self.ignore_index not in (None, IGNORE_INDEX) and mask is None
+        if self.needs_targets or ignores:
             raise ValueError(
-                f"the curvature of a loss with {self.needs_targets}= depends on the data's labels: call "
-                "update_curvature(output, targets=y)"
+                f"the curvature of a loss with {self.needs_targets or 'ignore_index'}= depends on the data's "
+                "labels: call update_curvature(output, targets=y)"
             )
 
     def sample(
@@ -171,7 +166,7 @@ class Loss(NamedTuple):
         return (terms.shape[self.leading - 1] * per_term(self.curvature(targets)) * counted / N).sqrt()
 
 
-def _check_tensor(output: Any, leading: int, replicas: int | None) -> None:
+def _check_output(output: Any, leading: int, replicas: int | None) -> None:
     if not isinstance(output, Tensor):
         remedy = "pass its .logits" if hasattr(output, "logits") else "pass the one the loss is of"
         raise TypeError(f"output must be one tensor, got {type(output).__name__}: {remedy}")
@@ -184,8 +179,30 @@ def _check_tensor(output: Any, leading: int, replicas: int | None) -> None:
         raise ValueError(f"output has shape {tuple(output.shape)}, expected {expected}")
 
 
+def _check_labels(name: str, given: Any, shape: torch.Size, classes: bool) -> None:
+    if given is None:
+        return
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(given).__name__}")
+    if given.shape != shape:
+        raise ValueError(f"{name} have shape {tuple(given.shape)}, the output asks for {tuple(shape)}")
+    if classes and given.is_floating_point():
+        raise ValueError(f"{name} must be class numbers, got {given.dtype}")
+
+
+def _check_mask(mask: Any, shape: torch.Size, leading: int) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    if mask.shape != shape[: max(mask.dim(), leading)]:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}, the output asks for {tuple(shape)} or its first axes"
+        )
+
+
 NAMED = {
-    "categorical": Loss(LIKELIHOODS["categorical"], "terms", ignore_index=nn.CrossEntropyLoss().ignore_index),
+    "categorical": Loss(LIKELIHOODS["categorical"], "terms", ignore_index=IGNORE_INDEX),
     "bernoulli": Loss(LIKELIHOODS["bernoulli"], "samples"),
     "gaussian": Loss(LIKELIHOODS["gaussian"], "samples"),
 }

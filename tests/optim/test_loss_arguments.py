@@ -52,9 +52,16 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Tensor], Any], dict[str, Any]
     "batch as class_dim": ({"class_dim": -2}, lambda x: x, {}, "class axis at class_dim=-2"),
     "labels": ({}, lambda x: x, {"labels": labels[1:]}, "labels have shape"),
     "soft labels": ({}, lambda x: x, {"labels": labels.double()}, "labels must be class numbers"),
+    "no tensor": ({}, lambda x: x, {"labels": [0] * BATCH}, "labels must be a tensor, got list"),
     "targets": ({}, lambda x: x, {"targets": labels[:, None]}, "targets have shape"),
-    "mask of numbers": ({}, lambda x: x, {"mask": labels}, "mask must be bool"),
-    "mask of classes": ({}, lambda x: x, {"mask": bits[:, None]}, "mask must be bool, of shape"),
+    "mask of numbers": ({}, lambda x: x, {"mask": labels}, "mask must be a bool tensor, got torch.int64"),
+    "mask of classes": ({}, lambda x: x, {"mask": bits[:, None]}, r"mask has shape \(8, 1\).*\(8,\)"),
+    "nothing to ignore": (
+        {"likelihood": nn.CrossEntropyLoss(ignore_index=0)},
+        lambda x: x,
+        {},
+        r"ignore_index= depends on the data's labels.*targets=y",
+    ),
     "no targets": (
         {"likelihood": nn.CrossEntropyLoss(torch.ones(3))},
         lambda x: x,
@@ -73,6 +80,13 @@ def test_wrong_arguments_are_refused_in_every_iteration(case: str, due: bool) ->
     optimizer.preconditioner.iteration = 0 if due else 1
     with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
         optimizer.update_curvature(change(model(batch(0)[0])), **arguments)
+
+
+@pytest.mark.parametrize("known", ["labels", "targets", "mask"])
+def test_what_a_loss_ignores_can_be_said_in_three_ways(known: str) -> None:
+    model = network()
+    optimizer = build(KFAC, model, likelihood=nn.CrossEntropyLoss(ignore_index=0))
+    optimizer.update_curvature(model(batch(0)[0]), **{known: bits if known == "mask" else labels})
 
 
 def test_an_evaluation_between_refreshes_needs_no_gradient() -> None:
