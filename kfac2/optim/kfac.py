@@ -12,7 +12,7 @@ from torch.optim.sgd import sgd
 from kfac2.curvature import INVERSES, CoarseSpace
 from kfac2.optim.capture import Capture
 from kfac2.optim.coverage import Coverage, summary
-from kfac2.optim.likelihood import LIKELIHOODS, check_labels, check_output
+from kfac2.optim.losses import loss_of
 from kfac2.optim.observation import sampled_backward
 from kfac2.optim.options import SharedOptions, as_generators, check_choice, refuse_distributed, shared_options
 from kfac2.optim.preconditioner import Preconditioner
@@ -45,9 +45,13 @@ class KFAC(torch.optim.SGD):
         dampening, nesterov, maximize: as ``torch.optim.SGD``'s, on the preconditioned gradient.
         damping: λ, not negative.
         kl_clip: κ of eq. 10; None turns clipping off.
-        likelihood: what the output parametrises: ``"categorical"`` (logits ``(B, classes)``),
-            ``"bernoulli"`` (logits ``(B, outputs)`` or ``(B,)``) or ``"gaussian"`` (means, unit variance).
-            A replicated model's output has a leading replica axis.
+        likelihood: the loss whose curvature is used, which must be the one that is minimised or its scale
+            is wrong: an ``nn.CrossEntropyLoss``, ``nn.BCEWithLogitsLoss`` or ``nn.MSELoss`` with its options,
+            or a name: ``"categorical"`` (logits) is cross-entropy, mean over samples and positions;
+            ``"bernoulli"`` (logits) is binary cross-entropy and ``"gaussian"`` (means) half the squared error,
+            both summed over a sample's outputs, mean over samples.
+        class_dim: the axis of the classes where a categorical output has more than two: -1 for
+            ``(B, T, classes)``, 1 for ``(B, classes, H, W)``, a replica axis not counted.
         inverse: ``"eigen"`` (exact) or ``"tikhonov"`` (factored, eq. 8-9).
         factor_interval, inverse_interval: refresh factors and inverses every so many iterations.
         factor_decay: the largest ε of the running averages (Algorithm 1, line 2).
@@ -83,7 +87,8 @@ class KFAC(torch.optim.SGD):
         maximize: bool = False,
         damping: float = 1e-2,
         kl_clip: float | None = 1e-3,
-        likelihood: str = "categorical",
+        likelihood: str | nn.Module = "categorical",
+        class_dim: int | None = None,
         inverse: str = "eigen",
         factor_interval: int = 10,
         inverse_interval: int = 100,
@@ -98,7 +103,7 @@ class KFAC(torch.optim.SGD):
         if not isinstance(model, nn.Module):
             raise TypeError(f"K-FAC needs the model itself, not {type(model).__name__}: KFAC(model, lr=...)")
         refuse_wrapped(model)
-        check_choice("likelihood", likelihood, LIKELIHOODS)
+        loss = loss_of(likelihood, class_dim)
         check_choice("inverse", inverse, INVERSES)
         if not 0 <= factor_decay < 1:
             raise ValueError(f"factor_decay must be in [0, 1), got {factor_decay}")
@@ -123,8 +128,7 @@ class KFAC(torch.optim.SGD):
         layers, self._entries = select_layers(model, optimized, exclude)
         set_sharing(layers, weight_sharing, batch_axis)
         self.preconditioner = Preconditioner(layers, self.param_groups, inverse, factor_decay, coarse)
-        self._replicas_of_output = layers[0].replicas if layers[0].replicated else None
-        self._likelihood = LIKELIHOODS[likelihood]
+        self._loss = loss._replace(replicas=layers[0].replicas if layers[0].replicated else None)
         self._generators = as_generators(generator, layers[0].replicas)
         self._placement = placement(self.param_groups)
         this = weakref.ref(self)  # so that an optimizer nobody holds is gone at once, and its hooks with it
@@ -138,42 +142,51 @@ class KFAC(torch.optim.SGD):
 
     # -- what the training loop calls ---------------------------------------------------------------
 
-    def update_curvature(self, output: Tensor, labels: Tensor | None = None) -> None:
+    def update_curvature(
+        self,
+        output: Tensor,
+        labels: Tensor | None = None,
+        *,
+        targets: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> None:
         """Observe the curvature at the model's ``output``; does nothing unless a refresh is due.
 
         Call it between the forward pass and ``backward()``. Several micro-batches before one ``step``
-        add up, and so do several calls of a layer: behind one output may stand several forward passes
-        since the latest step.
+        add up, to the curvature of the mean of their losses, and so do several calls of a layer: behind
+        one output may stand several forward passes since the latest step.
 
         Args:
             output: what the model returned, or what was made of it, ``([R,] B, ...)``.
             labels: used instead of labels drawn from the model's prediction; the data's give the
                 empirical Fisher. Shape of ``output``, without the class axis if categorical.
+            targets: the data's labels where the loss's curvature depends on them (``ignore_index``, class
+                weights, ``pos_weight``), in the shape of ``labels``, which stand in for them.
+            mask: True where a label counts in the loss; bool, of the labels' shape or its first axes.
 
         Raises:
-            ValueError: labels or inputs of a wrong shape.
+            TypeError, ValueError: an argument of a wrong type or shape, in any iteration.
             RuntimeError: an output without a forward pass of the model since the latest step behind it, or
                 with layers hidden in reentrant activation checkpointing.
         """
+        self._loss.check(output, labels, targets, mask)
         if not self.refresh_is_due:
             return
         refuse_distributed()
         self._follow_model()
-        samples = check_output(self._likelihood, output, self._replicas_of_output)
+        preconditioner, samples = self.preconditioner, output.shape[self._loss.leading - 1]
         if samples == 0:
-            self.preconditioner.end_batch()
+            preconditioner.end_batch()
             return
-        if labels is None:
-            labels = self._likelihood.draw(output.detach(), self._generators)
-        check_labels(self._likelihood, output, labels)
-        preconditioner = self.preconditioner
+        if preconditioner.iteration == 0:
+            self._loss.warn_of_probabilities(output)
 
         def visit(index: int, inputs: Tensor, gradients: Tensor, call: int) -> None:
             preconditioner.observe(index, inputs, gradients, samples, call)
 
         with torch.autocast(output.device.type, enabled=False):
             try:
-                loss = self._likelihood.negative_log(output, labels)
+                loss = self._loss.sample(output, self._generators, labels, targets, mask)
                 with sampled_backward():
                     nodes = self._capture.backpropagate(loss, visit)
                 preconditioner.end_batch(nodes)

@@ -92,7 +92,7 @@ def test_a_replica_of_nan_changes_no_other_draw(name: str) -> None:
     assert torch.equal(LIKELIHOODS[name].draw(output, seeds())[1], expected[1])
 
 
-def test_losses_are_summed_negative_log_likelihoods() -> None:
+def test_losses_are_negative_log_likelihoods() -> None:
     output = torch.randn(2, 5, 3, dtype=torch.float64)
     flat, normal = output.flatten(0, 1), torch.distributions.Normal(output, 1.0)
     classes, bits, targets = (
@@ -106,4 +106,6 @@ def test_losses_are_summed_negative_log_likelihoods() -> None:
         "gaussian": (targets, -normal.log_prob(targets).sum() - 15 * torch.log(torch.tensor(2 * torch.pi))),
     }
     for name, (labels, loss) in expected.items():
-        torch.testing.assert_close(LIKELIHOODS[name].negative_log(output, labels), loss, check_dtype=False)
+        terms = LIKELIHOODS[name].negative_log(output, labels)
+        assert terms.shape == labels.shape
+        torch.testing.assert_close(terms.sum(), loss, check_dtype=False)
