@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-GROUPS = ("problem", "optimizer", "recipe", "tracking", "sweep")
+GROUPS = ("problem", "optimizer", "recipe", "tracking", "sweep", "arm")
 
 
 def check_overrides(arguments: Sequence[str], config_dir: str) -> None:

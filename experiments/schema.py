@@ -7,7 +7,9 @@ import joblib
 import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from experiments.study.arms import TRAININGS, Arm
 
 
 @dataclass
@@ -131,8 +133,27 @@ def register() -> None:
     store.store(name="train_schema", node=TrainConfig)
     store.store(group="schema/problem", name="deep_linear_mlp", node=DeepLinearMLPConfig)
     store.store(group="schema/problem", name="cifar_resnet", node=CifarResNetConfig)
+    store.repo["arm"] = Shared()
+    for arm in TRAININGS:
+        store.store(group="arm", name=arm.name, node=arm_config(arm), package="_global_")
     for config in (SGDConfig, AdamConfig, KFACConfig, TwoLevelKFACConfig, TwoLevelVariantConfig):
         store.store(group="schema/optimizer", name=config.name, node=config)
+
+
+class Shared(dict):
+    """Hydra copies all that is stored for each composition, and again what it composes of it: once is enough."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Shared":
+        return self
+
+
+def arm_config(arm: Arm) -> DictConfig:
+    """An arm of the study as an option of the group ``arm``, which is composed last."""
+    choices = [{"override /problem": arm.problem}, {"override /optimizer": arm.optimizer}, "_self_"]
+    config = OmegaConf.create({"defaults": choices, "seeds": list(range(arm.seeds))})
+    for key, value in arm.settings.items():
+        OmegaConf.update(config, key, value)
+    return config
 
 
 def chosen(group: str) -> str | None:
