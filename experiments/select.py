@@ -20,7 +20,6 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.figures import RecordError
 from experiments.figures.grid import (
     Point,
     Winner,
@@ -33,8 +32,8 @@ from experiments.figures.grid import (
 from experiments.figures.style import OPTIMIZERS
 from experiments.identity import identity, run_path
 from experiments.overrides import GROUPS, check_overrides
+from experiments.records import RecordError, shared_settings
 from experiments.train import CONFIGS, run_directories
-from experiments.training.records import OtherRecordError
 
 OWN = ("sweep", "problem", "optimizer", "runs", "device", "threads")  # with no others, the sweep is whole
 
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(listing(grid))
             else:
                 summarize(grid, overrides, arguments)
-    except (HydraException, RecordError, OtherRecordError) as error:
+    except (HydraException, RecordError) as error:
         raise SystemExit(f"error: {error}") from None
 
 
@@ -182,8 +181,7 @@ def _configurations(overrides: list[str]) -> Iterator[tuple[list[str], list[str]
 
 def _point(config: DictConfig, swept: Sequence[str]) -> Point:
     settings = {_short(key): OmegaConf.select(config, key) for key in swept}
-    own = {part: dict(identity(config)[part]) for part in ("problem", "optimizer", "training")}
-    del own["training"]["autocast"]  # it depends on the machine
+    own = shared_settings(identity(config))
     return Point(config.optimizer.name, run_path(config).name, list(config.seeds), settings, own)
 
 

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.identity import identity, run_path
 from experiments.overrides import check_overrides
 from experiments.problems import DataError
+from experiments.records import seed_directory
 from experiments.schema import register
 from experiments.training.records import RunDirectory
 from experiments.training.trainer import Training, TrainingSettings, prefer_deterministic_kernels
@@ -57,7 +58,7 @@ def train(
     torch.set_num_threads(config.threads)
     prefer_deterministic_kernels()
     for directory in run_directories(config):
-        if directory.is_complete() and not config.rerun:
+        if not config.rerun and directory.is_complete():
             label = f" ({directory.label})" if directory.label else ""
             print(f"{directory.path}{label}: complete, not trained again (rerun=true does)")
             continue
@@ -84,7 +85,7 @@ def run_directories(config: DictConfig) -> list[RunDirectory]:
         raise ValueError(f"seeds must be distinct and not empty, got {seeds}")
     if not config.problem.one_record_per_seed:
         return [RunDirectory(path, own)]
-    return [RunDirectory(path / f"seed={seed}", own | {"seeds": [seed]}) for seed in seeds]
+    return [RunDirectory(seed_directory(path, seed), own | {"seeds": [seed]}) for seed in seeds]
 
 
 def build_training(config: DictConfig, seeds: Sequence[int]) -> Training:

@@ -15,9 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from experiments.training.records import Row
-
-FINAL_EPOCHS = 5
+from experiments.records import FINAL_EPOCHS, Row
 
 
 class Tracker(Protocol):

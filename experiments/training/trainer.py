@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from experiments.records import Row
 from experiments.training.problem import Problem
-from experiments.training.records import Row, RunDirectory
+from experiments.training.records import RunDirectory
 from experiments.training.tracking import Tracker
 
 OptimizerFactory = Callable[..., Any]

@@ -15,7 +15,8 @@ from experiments.figures.statistics import paired_ratio
 from experiments.figures.study.arms import arm_markdown, arm_table, arms_figure
 from experiments.figures.study.lines import best_of, goal_table, good_region, line_table, ratio_row
 from experiments.figures.study.microscope import change_markdown, direction_table, over_seeds
-from experiments.figures.study.records import Study, load_measurement
+from experiments.figures.study.records import Study
+from experiments.records import load_measurement
 from experiments.study.arms import FULL, ONE_LEVEL, one
 
 Write = Callable[..., Path]

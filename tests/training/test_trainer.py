@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from experiments.problems import Cifar10, CifarResNet, DeepLinearMLP
-from experiments.training.records import RunDirectory, write_atomically
+from experiments.records.files import write_atomically
+from experiments.training.records import RunDirectory
 from experiments.training.tracking import NoTracker, WandbTracker, summary
 from experiments.training.trainer import Training, TrainingSettings
 from kfac2 import TwoLevelKFAC

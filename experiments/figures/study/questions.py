@@ -22,7 +22,6 @@ from experiments.figures.study.lines import (
     ratio_row,
 )
 from experiments.figures.study.microscope import (
-    PCG_LIMIT,
     STATISTICS,
     change_markdown,
     coarse_markdown,
@@ -57,6 +56,7 @@ from experiments.study.arms import (
     WEAKLY_DAMPED,
     WEIGHTS,
 )
+from experiments.records import PCG_LIMIT
 
 LAMBDA = PAPER["optimizer.damping"]
 
