@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from experiments.identity import identity, run_path
 from experiments.records import Row, seed_directory
-from experiments.train import build_training, check_machine
+from experiments.schema import check_settings
+from experiments.train import build_training, check_machine, check_writable
 from experiments.training.records import RunDirectory
 from experiments.training.trainer import Training
 
@@ -18,10 +19,16 @@ Rows = list[Row]
 
 def measured_directory(config: DictConfig, kind: str, seed: int, **own: Any) -> RunDirectory:
     """``<runs>/<kind>/<problem>/<optimizer>/<variant>/seed=<s>``; ``own``: what else its identity consists of."""
-    single = OmegaConf.merge(config, {"problem": {"one_record_per_seed": True}})
-    assert isinstance(single, DictConfig)
-    path = Path(config.runs) / kind / run_path(single).relative_to(config.runs)
+    path = Path(config.runs) / kind / run_path(config, seeds_apart=True).relative_to(config.runs)
     return RunDirectory(seed_directory(path, seed), identity(config) | own | {"seeds": [seed]})
+
+
+def check_measurement(config: DictConfig) -> int:
+    """``experiments.train``'s checks; 0, since a measurement is no training whose progress is shown."""
+    check_settings(config)
+    check_machine(config.device, config.threads)
+    check_writable(Path(config.runs))
+    return 0
 
 
 def measure_missing(
@@ -30,7 +37,7 @@ def measure_missing(
     measure: Callable[[Training], dict[str, Rows]],
 ) -> None:
     """Leave ``<name>.csv`` for each table of ``measure`` in the directory of each seed that has none yet."""
-    check_machine(config.device, config.threads)
+    check_measurement(config)
     torch.set_num_threads(config.threads)
     for seed in config.seeds:
         directory = directory_of(config, seed)
