@@ -91,6 +91,7 @@ def late_settings(overrides: Sequence[str]) -> list[str]:
     setting: a sweep over one value is left to the members.
     """
     swept = [o.key_or_group for o in parsed(overrides) if o.key_or_group in GROUPS and o.is_sweep_override()]
+    swept += ["problem", "optimizer"] if "arm" in swept else []  # which an arm chooses
     late = tuple(f"{group}." for group in swept)
     return [
         f"{o.get_key_element()}=choice({o.get_value_string()})"
