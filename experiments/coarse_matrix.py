@@ -7,24 +7,22 @@ Takes the arguments of experiments.train, one seed after another. Leaves ``coars
 and ``provenance.json`` in ``<runs>/coarse_matrix/<problem>/<optimizer>/<variant>/seed=<s>/``.
 """
 
-import sys
-
 import hydra
 import torch
 from omegaconf import DictConfig
 
-from experiments.measurement import Rows, measure_missing, measured_directory
-from experiments.overrides import check_overrides
+from experiments.command_line import CONFIGS, launch, user_errors
+from experiments.measurement import Rows, check_measurement, measure_missing, measured_directory
 from experiments.study.microscope import coarse_numbers
 from experiments.study.variants import Observed
-from experiments.train import CONFIGS
 from experiments.training.records import RunDirectory
 from experiments.training.trainer import Training
 
 
 @hydra.main(config_path=CONFIGS, config_name="train", version_base="1.3")
 def main(config: DictConfig) -> None:
-    measure_missing(config, run_directory, lambda training: {"coarse": measure_training(training)})
+    with user_errors():
+        measure_missing(config, run_directory, lambda training: {"coarse": measure_training(training)})
 
 
 def run_directory(config: DictConfig, seed: int) -> RunDirectory:
@@ -53,5 +51,4 @@ def measure_training(training: Training) -> Rows:
 
 
 if __name__ == "__main__":
-    check_overrides(sys.argv[1:], CONFIGS)
-    main()
+    launch(main, check_measurement)

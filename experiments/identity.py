@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 IDENTITY = ("problem", "optimizer", "training", "seeds", "device", "threads")
-BOOKKEEPING = ("label", "data", "one_record_per_seed")  # where images lie and what is said of them
+BOOKKEEPING = ("label", "data")  # what is said of the images and where they lie
 LATER = {"coarse_damping": "identity", "coarse_max_ratio": None}
 """Settings that the first records do not name, with the value that those were made with: it goes unsaid."""
 LONGEST_NAME = 150
@@ -23,15 +24,21 @@ def identity(config: DictConfig) -> dict[str, Any]:
     return {key: _without_bookkeeping(value) for key, value in kept.items()}
 
 
-def run_path(config: DictConfig) -> Path:
+def one_record_per_seed(config: DictConfig) -> bool:
+    """Whether the problem trains each seed alone, rather than all side by side."""
+    return get_class(config.problem._target_).one_record_per_seed  # pyright: ignore
+
+
+def run_path(config: DictConfig, seeds_apart: bool | None = None) -> Path:
     """``<runs>/<problem>/<optimizer>/<variant>``; the variant is ``paper`` or what differs from it.
 
-    What machine it runs on is no such difference, although the record says it.
+    What machine it runs on is no such difference, although the record says it; nor are the seeds where each has a
+    record of its own, ``seeds_apart``, by default as the problem trains them.
     """
     own = identity(config)
     problem, optimizer = own["problem"]["name"], own["optimizer"]["name"]
     base = _paper_identity(problem, optimizer, config.device, config.threads)
-    if config.problem.one_record_per_seed:
+    if one_record_per_seed(config) if seeds_apart is None else seeds_apart:
         own, base = own | {"seeds": None}, base | {"seeds": None}
     return Path(config.runs) / problem / optimizer / variant_name(own, base)
 

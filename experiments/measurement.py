@@ -4,24 +4,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from experiments.identity import identity, run_path
-from experiments.train import build_training, check_machine
-from experiments.training.records import RunDirectory, write_atomically
+from experiments.records import Row, seed_directory
+from experiments.schema import check_settings
+from experiments.train import build_training, check_machine, check_writable
+from experiments.training.records import RunDirectory
 from experiments.training.trainer import Training
 
-Rows = list[dict[str, Any]]
+Rows = list[Row]
 
 
 def measured_directory(config: DictConfig, kind: str, seed: int, **own: Any) -> RunDirectory:
     """``<runs>/<kind>/<problem>/<optimizer>/<variant>/seed=<s>``; ``own``: what else its identity consists of."""
-    single = OmegaConf.merge(config, {"problem": {"one_record_per_seed": True}})
-    assert isinstance(single, DictConfig)
-    path = Path(config.runs) / kind / run_path(single).relative_to(config.runs) / f"seed={seed}"
-    return RunDirectory(path, identity(config) | own | {"seeds": [seed]})
+    path = Path(config.runs) / kind / run_path(config, seeds_apart=True).relative_to(config.runs)
+    return RunDirectory(seed_directory(path, seed), identity(config) | own | {"seeds": [seed]})
+
+
+def check_measurement(config: DictConfig) -> int:
+    """``experiments.train``'s checks; 0, since a measurement is no training whose progress is shown."""
+    check_settings(config)
+    check_machine(config.device, config.threads)
+    check_writable(Path(config.runs))
+    return 0
 
 
 def measure_missing(
@@ -30,19 +37,17 @@ def measure_missing(
     measure: Callable[[Training], dict[str, Rows]],
 ) -> None:
     """Leave ``<name>.csv`` for each table of ``measure`` in the directory of each seed that has none yet."""
-    check_machine(config.device, config.threads)
+    check_measurement(config)
     torch.set_num_threads(config.threads)
     for seed in config.seeds:
         directory = directory_of(config, seed)
-        if directory.is_complete() and not config.rerun:
+        if not config.rerun and directory.is_complete():
             print(f"{directory.path}: complete, not measured again (rerun=true does)")
             continue
         with directory.locked():
             training = build_training(config, [seed])
             directory.write_provenance(False, config.device, training.problem.label)
             for name, rows in measure(training).items():
-                frame = pd.DataFrame(rows)
-                file = directory.path / f"{name}.csv"
-                write_atomically(file, lambda path, table=frame: table.to_csv(path, index=False))
+                directory.write_table(name, rows)
             directory.finish(config.device, training.problem.label)
         print(f"{directory.path}: complete")

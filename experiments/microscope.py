@@ -6,7 +6,6 @@ Takes the arguments of experiments.train, one seed after another. Leaves ``direc
 ``spectrum.csv`` and ``provenance.json`` in ``<runs>/microscope/<problem>/<optimizer>/<variant>/seed=<s>/``.
 """
 
-import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
@@ -16,8 +15,8 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from experiments.measurement import Rows, measure_missing, measured_directory
-from experiments.overrides import check_overrides
+from experiments.command_line import CONFIGS, launch, user_errors
+from experiments.measurement import Rows, check_measurement, measure_missing, measured_directory
 from experiments.study.fisher import DampedFisher, frozen_statistics, logit_jacobian
 from experiments.study.microscope import (
     Layout,
@@ -26,7 +25,6 @@ from experiments.study.microscope import (
     pcg_iterations,
     preconditioners,
 )
-from experiments.train import CONFIGS
 from experiments.training.records import RunDirectory
 from experiments.training.trainer import Training
 from kfac2 import CoarseSpace, TwoLevelKFAC
@@ -40,11 +38,12 @@ TABLES = ("directions", "coarse", "spectrum")
 
 @hydra.main(config_path=CONFIGS, config_name="train", version_base="1.3")
 def main(config: DictConfig) -> None:
-    measure_missing(
-        config,
-        run_directory,
-        lambda training: measure_training(training, training.problem.seeds[0], config.optimizer.damping),
-    )
+    with user_errors():
+        measure_missing(
+            config,
+            run_directory,
+            lambda training: measure_training(training, training.problem.seeds[0], config.optimizer.damping),
+        )
 
 
 def run_directory(config: DictConfig, seed: int) -> RunDirectory:
@@ -130,5 +129,4 @@ def exact_fisher(
 
 
 if __name__ == "__main__":
-    check_overrides(sys.argv[1:], CONFIGS)
-    main()
+    launch(main, check_measurement)

@@ -1,28 +1,35 @@
-"""Refuse unknown settings on the command line with a list of what there is.
+"""What a command line asks for: unknown settings, refused with a list of what there is, and a sweep's members.
 
-Hydra refuses them too, but names only the offender.
+Hydra refuses unknown settings too, but names only the offender.
 """
 
 import difflib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
-GROUPS = ("problem", "optimizer", "recipe", "tracking", "sweep")
+from experiments.schema import NOT_SETTINGS
+
+NEEDED = ("problem", "optimizer", "recipe", "tracking")
+GROUPS = (*NEEDED, "sweep", "arm")
 
 
 def check_overrides(arguments: Sequence[str], config_dir: str) -> None:
     """Raises ``SystemExit`` with a message for a setting that no chosen configuration has, or a sweep
     that would not be the one asked for."""
     try:
-        overrides = OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-")])
+        overrides = parsed([a for a in arguments if not a.startswith("-")])
         settings = [o for o in overrides if not _is_foreign(o)]
+        _check_groups(overrides)
         _check_sweep(overrides, is_plain_run=not any(a.startswith("-") for a in arguments))
         with initialize_config_dir(config_dir, version_base="1.3"):
             configs = [compose("train", overrides=list(choice)) for choice in _choices(overrides)]
@@ -32,6 +39,78 @@ def check_overrides(arguments: Sequence[str], config_dir: str) -> None:
     for override in settings:
         if override.key_or_group not in known:
             raise SystemExit(_message(override.key_or_group, known))
+
+
+def parsed(overrides: Sequence[str]) -> list[Override]:
+    return OverridesParser.create().parse_overrides(list(overrides))
+
+
+def members(overrides: Sequence[str]) -> Iterator[tuple[list[str], list[str]]]:
+    """As Hydra's sweeper forms them: the overrides of each configuration, and the swept settings.
+
+    Hydra must be initialised, as for ``compose``.
+    """
+    base = [o for o in parsed(late_settings(overrides)) if not o.is_sweep_override()]
+    whole = compose("train", overrides=[str(o.input_line) for o in base], return_hydra_config=True)
+    params = [f"{key}={value}" for key, value in (whole.hydra.sweeper.params or {}).items()]
+    every = parsed([*params, *overrides])
+    swept = list(dict.fromkeys(o.key_or_group for o in every if o.is_sweep_override()))
+    for choice in BasicSweeper.split_arguments(every, None)[0]:
+        yield choice, swept
+
+
+def composed(choices: Iterable[Sequence[str]]) -> Iterator[DictConfig]:
+    """As ``compose`` for each list of overrides, where files are read only once for each choice of groups.
+
+    Raises:
+        ValueError: a setting that the choice of groups does not have.
+    """
+    bases: dict[tuple[str, ...], DictConfig] = {}
+    for overrides in map(parsed, choices):
+        groups = tuple(str(o.input_line) for o in overrides if _is_foreign(o))
+        if groups not in bases:
+            bases[groups] = compose("train", overrides=list(groups))
+        config = deepcopy(bases[groups])
+        for override in overrides:
+            if not _is_foreign(override):
+                _apply(override, config, groups)
+        yield config
+
+
+def _apply(override: Override, config: DictConfig, groups: Sequence[str]) -> None:
+    try:
+        OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+    except (ConfigKeyError, ConfigAttributeError):
+        raise ValueError(f"{' '.join(groups)} has no setting {override.key_or_group!r}") from None
+
+
+def late_settings(overrides: Sequence[str]) -> list[str]:
+    """The same sweep, where a setting of a swept group waits for the choice of the group.
+
+    Before it forms the members Hydra composes what is not swept, with the group's default, which may not know the
+    setting: a sweep over one value is left to the members.
+    """
+    swept = [o.key_or_group for o in parsed(overrides) if o.key_or_group in GROUPS and o.is_sweep_override()]
+    swept += ["problem", "optimizer"] if "arm" in swept else []  # which an arm chooses
+    late = tuple(f"{group}." for group in swept)
+    return [
+        f"{o.get_key_element()}=choice({o.get_value_string()})"
+        if o.key_or_group.startswith(late) and not (o.is_sweep_override() or o.is_delete())
+        else str(o.input_line)
+        for o in parsed(overrides)
+    ]
+
+
+def _check_groups(overrides: Sequence[Override]) -> None:
+    for override in overrides:
+        key = override.key_or_group
+        if key in NEEDED and (override.is_delete() or override.value() is None):
+            off = " (tracking=none turns it off)" if key == "tracking" else ""
+            raise SystemExit(f"{override.input_line}: a training needs a choice of {key}={off}")
+        if key.rpartition(".")[2] in NOT_SETTINGS and key.partition(".")[0] in NEEDED:
+            raise SystemExit(
+                f"unknown setting {key!r}: it belongs to the {key.partition('.')[0]} that is chosen"
+            )
 
 
 def _check_sweep(overrides: Sequence[Override], is_plain_run: bool) -> None:
@@ -74,7 +153,7 @@ def _keys(node: Any) -> list[str]:
     """Of a nested dictionary, dotted; groups and settings."""
     names = []
     for key, child in node.items() if isinstance(node, dict) else ():
-        if not str(key).startswith("_"):
+        if not str(key).startswith("_") and key not in NOT_SETTINGS:
             names += [str(key), *(f"{key}.{name}" for name in _keys(child))]
     return names
 

@@ -1,20 +1,26 @@
-"""Names and types of every setting, so that Hydra refuses a wrong one before any training."""
+"""Names, types and ranges of every setting, so that a wrong one is refused before any training."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import joblib
 import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from experiments.study.arms import TRAININGS, Arm
+from experiments.training.trainer import TrainingSettings
+
+NOT_SETTINGS = ("name",)  # of a problem or an optimizer: it says whose record it is
 
 
 @dataclass
 class DeepLinearMLPConfig:
     _target_: str = "experiments.problems.DeepLinearMLP"
     name: str = "deep_linear_mlp"
-    one_record_per_seed: bool = False
     depth: int = MISSING
     width: int = MISSING
     batch_norm: bool = MISSING
@@ -34,7 +40,6 @@ class Cifar10Config:
 class CifarResNetConfig:
     _target_: str = "experiments.problems.CifarResNet"
     name: str = MISSING
-    one_record_per_seed: bool = True
     depth: int = MISSING
     train_samples: int | None = MISSING
     test_samples: int | None = MISSING
@@ -119,7 +124,55 @@ class TrainConfig:
     threads: int = MISSING
     runs: str = MISSING
     rerun: bool = MISSING
+    hours: float | None = None
     sweep: Any = None
+
+
+class Range(NamedTuple):
+    holds: Callable[[float], bool]
+    meaning: str
+
+
+COUNT = Range(lambda x: x >= 1, "must be positive")
+POSITIVE = Range(lambda x: 0 < x < math.inf, "must be positive and finite")
+NOT_NEGATIVE = Range(lambda x: 0 <= x < math.inf, "must be finite and not negative")
+RANGES = {
+    **dict.fromkeys(("optimizer.lr", "optimizer.weight_decay", "optimizer.damping"), NOT_NEGATIVE),
+    "optimizer.momentum": Range(lambda x: 0 <= x < 1, "must be at least 0 and less than 1"),
+    "optimizer.kl_clip": POSITIVE,
+    "optimizer.coarse_weight": Range(math.isfinite, "must be finite"),
+    **dict.fromkeys(("problem.depth", "problem.width", "problem.train_samples"), COUNT),
+    **dict.fromkeys(("problem.test_samples", "threads"), COUNT),
+    "hours": POSITIVE,
+}
+
+
+def check_settings(config: DictConfig) -> None:
+    """Refuse what cannot be meant.
+
+    Raises:
+        ValueError: a value is missing, out of its range, no device, or the seeds are none or repeated.
+    """
+    if missing := OmegaConf.missing_keys(config):
+        raise ValueError(f"without a value: {', '.join(sorted(missing))}")
+    for key, expected in RANGES.items():
+        value = OmegaConf.select(config, key)
+        if value is not None and not expected.holds(value):
+            raise ValueError(f"{key} {expected.meaning}, got {value}")
+    TrainingSettings(**config.training)
+    distinct_seeds(config)
+    try:
+        torch.device(config.device)
+    except RuntimeError:
+        raise ValueError(f"device={config.device}: no device of torch, such as cpu, cuda or cuda:1") from None
+
+
+def distinct_seeds(config: DictConfig) -> list[int]:
+    """The seeds; raises ``ValueError`` where there is none, or one twice."""
+    seeds = list(config.seeds)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be distinct and not empty, got {seeds}")
+    return seeds
 
 
 def register() -> None:
@@ -131,8 +184,27 @@ def register() -> None:
     store.store(name="train_schema", node=TrainConfig)
     store.store(group="schema/problem", name="deep_linear_mlp", node=DeepLinearMLPConfig)
     store.store(group="schema/problem", name="cifar_resnet", node=CifarResNetConfig)
+    store.repo["arm"] = Shared()
+    for arm in TRAININGS:
+        store.store(group="arm", name=arm.name, node=arm_config(arm), package="_global_")
     for config in (SGDConfig, AdamConfig, KFACConfig, TwoLevelKFACConfig, TwoLevelVariantConfig):
         store.store(group="schema/optimizer", name=config.name, node=config)
+
+
+class Shared(dict):
+    """Hydra copies all that is stored for each composition, and again what it composes of it: once is enough."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Shared":
+        return self
+
+
+def arm_config(arm: Arm) -> DictConfig:
+    """An arm of the study as an option of the group ``arm``, which is composed last."""
+    choices = [{"override /problem": arm.problem}, {"override /optimizer": arm.optimizer}, "_self_"]
+    config = OmegaConf.create({"defaults": choices, "seeds": list(range(arm.seeds))})
+    for key, value in arm.settings.items():
+        OmegaConf.update(config, key, value)
+    return config
 
 
 def chosen(group: str) -> str | None:

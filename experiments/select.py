@@ -8,19 +8,15 @@ Takes the arguments of experiments.train (problem, sweep, optimizer, runs, any s
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.figures import RecordError
+from experiments.command_line import CONFIGS, USER_ERRORS, one_line, user_errors
 from experiments.figures.grid import (
     Point,
     Winner,
@@ -32,9 +28,10 @@ from experiments.figures.grid import (
 )
 from experiments.figures.style import OPTIMIZERS
 from experiments.identity import identity, run_path
-from experiments.overrides import GROUPS, check_overrides
-from experiments.train import CONFIGS, run_directories
-from experiments.training.records import OtherRecordError
+from experiments.overrides import GROUPS, check_overrides, composed, members, parsed
+from experiments.records import shared_settings
+from experiments.schema import check_settings
+from experiments.train import run_directories
 
 OWN = ("sweep", "problem", "optimizer", "runs", "device", "threads")  # with no others, the sweep is whole
 
@@ -58,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(listing(grid))
             else:
                 summarize(grid, overrides, arguments)
-    except (HydraException, RecordError, OtherRecordError) as error:
-        raise SystemExit(f"error: {error}") from None
+    except USER_ERRORS as error:
+        raise SystemExit(f"error: {one_line(error)}") from None
 
 
 def summarize(grid: Grid, overrides: Sequence[str], arguments: argparse.Namespace) -> None:
@@ -80,12 +77,19 @@ def expand(overrides: Sequence[str]) -> Grid:
     """All configurations of the sweep, in the order in which it trains them, without training any."""
     points, configs, keys = [], [], []
     for name in _optimizers(overrides):
-        for choice, swept in _configurations([f"optimizer={name}", *_without_optimizer(overrides)]):
-            config = compose("train", overrides=choice)
+        choices = list(members([f"optimizer={name}", *_without_optimizer(overrides)]))
+        for (_, swept), config in zip(choices, composed(c for c, _ in choices), strict=True):
+            check_settings(config)
             points.append(_point(config, swept))
             configs.append(config)
             keys += [key for key in swept if key not in keys]
     return Grid(points, configs, keys)
+
+
+def planned(overrides: Sequence[str]) -> Grid:
+    """As ``expand``, by itself; a user's error ends the program with one line."""
+    with user_errors(), initialize_config_dir(CONFIGS, version_base="1.3"):
+        return expand(overrides)
 
 
 def listing(grid: Grid) -> str:
@@ -116,7 +120,7 @@ def write_recipes(directory: Path, grid: Grid, table: pd.DataFrame, overrides: S
     Only of a sweep that asks for it (``sweep.recipes``), as it stands: another must not overwrite them.
     """
     sweep, problem = grid.configs[0].sweep, grid.configs[0].problem.name
-    foreign = sorted({o.key_or_group for o in _parsed(overrides)} - set(OWN))
+    foreign = sorted({o.key_or_group for o in parsed(overrides)} - set(OWN))
     if not sweep or not sweep.get("recipes") or foreign:
         print("no recipes written: only a sweep with `recipes: true` has them, and with no other settings")
         return
@@ -153,7 +157,7 @@ def recipe(grid: Grid, optimizer: str, winner: Winner) -> str:
 
 def _optimizers(overrides: Sequence[str]) -> list[str]:
     """Those asked for, all of the paper's by default."""
-    chosen = {o.key_or_group: o for o in _parsed(overrides) if o.key_or_group in GROUPS}
+    chosen = {o.key_or_group: o for o in parsed(overrides) if o.key_or_group in GROUPS}
     optimizer = chosen.pop("optimizer", None)
     for name, other in chosen.items():
         if other.is_sweep_override():
@@ -169,30 +173,14 @@ def _without_optimizer(overrides: Sequence[str]) -> list[str]:
     return [override for override in overrides if not override.startswith("optimizer=")]
 
 
-def _configurations(overrides: list[str]) -> Iterator[tuple[list[str], list[str]]]:
-    """As Hydra's sweeper forms them: the overrides of each configuration, and the swept settings."""
-    base = [o for o in _parsed(overrides) if not o.is_sweep_override()]
-    whole = compose("train", overrides=[str(o.input_line) for o in base], return_hydra_config=True)
-    params = [f"{key}={value}" for key, value in (whole.hydra.sweeper.params or {}).items()]
-    parsed = _parsed([*params, *overrides])
-    swept = list(dict.fromkeys(o.key_or_group for o in parsed if o.is_sweep_override()))
-    for choice in BasicSweeper.split_arguments(parsed, None)[0]:
-        yield choice, swept
-
-
 def _point(config: DictConfig, swept: Sequence[str]) -> Point:
     settings = {_short(key): OmegaConf.select(config, key) for key in swept}
-    own = {part: dict(identity(config)[part]) for part in ("problem", "optimizer", "training")}
-    del own["training"]["autocast"]  # it depends on the machine
+    own = shared_settings(identity(config))
     return Point(config.optimizer.name, run_path(config).name, list(config.seeds), settings, own)
 
 
 def _short(key: str) -> str:
     return key.rpartition(".")[2]
-
-
-def _parsed(overrides: Sequence[str]) -> list[Override]:
-    return OverridesParser.create().parse_overrides(list(overrides))
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:

@@ -4,7 +4,9 @@ python -m experiments.train problem=deep_linear_mlp optimizer=two_level_kfac
 python -m experiments.train -m optimizer=sgd,adam optimizer.lr=1e-2,1e-3
 """
 
-import sys
+import math
+import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,78 +20,98 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.identity import identity, run_path
-from experiments.overrides import check_overrides
+from experiments.command_line import CONFIGS, launch, user_errors
+from experiments.identity import identity, one_record_per_seed, run_path
 from experiments.problems import DataError
-from experiments.schema import register
+from experiments.records import seed_directory
+from experiments.schema import NOT_SETTINGS, check_settings, distinct_seeds, register
+from experiments.training.progress import Report, command_began
 from experiments.training.records import RunDirectory
 from experiments.training.trainer import Training, TrainingSettings, prefer_deterministic_kernels
 
-CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
-NOT_ARGUMENTS = ("name", "one_record_per_seed")
 register()
 
 
 @hydra.main(config_path=CONFIGS, config_name="train", version_base="1.3")
 def main(config: DictConfig) -> None:
-    own = HydraConfig.get()
-    if own.mode is RunMode.MULTIRUN:
-        # The launchers let the others go on, and raise the first failure at the end.
-        train(config, position=own.job.num, attempt=RunDirectory.failure_recorded)
-    else:
-        train(config)
+    with user_errors():
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            # The launchers let the others go on, and raise the first failure at the end.
+            train(config, attempt=RunDirectory.failure_recorded)
+        else:
+            train(config)
 
 
 def train(
-    config: DictConfig,
-    position: int = 0,
-    attempt: Callable[[RunDirectory], AbstractContextManager[Any]] = nullcontext,
+    config: DictConfig, attempt: Callable[[RunDirectory], AbstractContextManager[Any]] = nullcontext
 ) -> None:
     """Train what is missing, one record after another, each in the context ``attempt`` of its directory.
 
-    ``position`` is the progress bar's.
+    With ``hours``, counted from the command's begin, it ends with the last epoch that fits; the same command goes on.
 
     Raises:
         SystemExit: the problem's data cannot be had.
         ValueError: a setting that is not possible, before anything is trained.
     """
-    check_machine(config.device, config.threads)
+    check(config)
     torch.set_num_threads(config.threads)
     prefer_deterministic_kernels()
+    deadline = math.inf if config.hours is None else command_began() + 3600 * config.hours
     for directory in run_directories(config):
-        if directory.is_complete() and not config.rerun:
-            label = f" ({directory.label})" if directory.label else ""
-            print(f"{directory.path}{label}: complete, not trained again (rerun=true does)")
-            continue
-        with attempt(directory):
-            train_record(config, directory, position)
-        print(f"{directory.path}: complete")
+        with Report(str(directory.path)) as report:
+            if not config.rerun and directory.is_complete():
+                label = f" ({directory.label})" if directory.label else ""
+                print(f"{directory.path}{label}: complete, not trained again (rerun=true does)")
+                continue
+            if time.time() >= deadline:
+                report(0, config.training.epochs)
+                print(f"{directory.path}: not trained, hours={config.hours} are over")
+                continue
+            with attempt(directory):
+                train_record(config, directory, report, deadline)
+        is_complete = directory.is_complete()
+        print(
+            f"{directory.path}: {'complete' if is_complete else 'goes on with the same command'}", flush=True
+        )
 
 
-def train_record(config: DictConfig, directory: RunDirectory, position: int) -> None:
+def train_record(config: DictConfig, directory: RunDirectory, report: Report, deadline: float) -> None:
     try:
         training = build_training(config, directory.config["seeds"])
-    except InstantiationException as error:
-        if isinstance(error.__cause__, DataError):
-            raise SystemExit(str(error.__cause__)) from None
-        raise
-    tracker = instantiate(config.tracking)
-    training.run(directory, tracker, str(directory.path), position, rerun=config.rerun)
+    except DataError as error:
+        raise SystemExit(str(error)) from None
+    tracker = _made(config.tracking)
+    training.run(directory, tracker, report, rerun=config.rerun, deadline=deadline)
+
+
+def check(config: DictConfig) -> int:
+    """How many trainings these are.
+
+    Raises:
+        ValueError: the optimizer, the machine or a directory's record is not as the settings say, or these cannot be
+            meant.
+        OSError: records cannot be written there.
+    """
+    check_settings(config)
+    check_machine(config.device, config.threads)
+    _made(config.tracking)
+    build_optimizer = instantiate(_arguments(config.optimizer))
+    build_optimizer(torch.nn.Linear(1, 1), likelihood="gaussian", generator=torch.Generator())
+    check_writable(Path(config.runs))
+    return len(run_directories(config))
 
 
 def run_directories(config: DictConfig) -> list[RunDirectory]:
     """Where the records go: one for all seeds side by side, or one per seed."""
-    seeds, path, own = list(config.seeds), run_path(config), identity(config)
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds must be distinct and not empty, got {seeds}")
-    if not config.problem.one_record_per_seed:
+    seeds, path, own = distinct_seeds(config), run_path(config), identity(config)
+    if not one_record_per_seed(config):
         return [RunDirectory(path, own)]
-    return [RunDirectory(path / f"seed={seed}", own | {"seeds": [seed]}) for seed in seeds]
+    return [RunDirectory(seed_directory(path, seed), own | {"seeds": [seed]}) for seed in seeds]
 
 
 def build_training(config: DictConfig, seeds: Sequence[int]) -> Training:
-    """The configured problem, optimizer and trainer."""
-    problem = instantiate(_arguments(config.problem), seeds=list(seeds), device=config.device)
+    """The configured problem, optimizer and trainer; raises what their classes raise."""
+    problem = _made(_arguments(config.problem), seeds=list(seeds), device=config.device)
     settings = OmegaConf.to_container(config.training, resolve=True)
     return Training(problem, instantiate(_arguments(config.optimizer)), TrainingSettings(**settings))  # pyright: ignore
 
@@ -100,15 +122,36 @@ def check_machine(device: str, threads: int) -> None:
         raise ValueError(f"threads must be positive, got {threads}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device}, but torch finds no GPU here: use device=cpu")
+    try:
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device={device} cannot be used here ({reason}): use device=cpu") from None
+
+
+def check_writable(runs: Path) -> None:
+    """Raises ``OSError`` where no record can be written below ``runs``, which need not exist yet."""
+    there = next(path for path in (runs.absolute(), *runs.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"runs={runs}: {there} is not a directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"runs={runs}: {there} cannot be written")
+
+
+def _made(node: Any, **arguments: Any) -> Any:
+    """As ``instantiate``; raises what the target raises."""
+    try:
+        return instantiate(node, **arguments)
+    except InstantiationException as error:
+        raise error.__cause__ or error from None
 
 
 def _arguments(node: DictConfig) -> dict[str, Any]:
     """A config node without what is not its target's."""
     arguments = OmegaConf.to_container(node, resolve=True)
     assert isinstance(arguments, dict)
-    return {str(key): value for key, value in arguments.items() if key not in NOT_ARGUMENTS}
+    return {str(key): value for key, value in arguments.items() if key not in NOT_SETTINGS}
 
 
 if __name__ == "__main__":
-    check_overrides(sys.argv[1:], CONFIGS)
-    main()
+    launch(main, check)

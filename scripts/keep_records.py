@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.figures import RecordError, load_record
-from experiments.figures.records import CURVES, PROVENANCE, read_provenance
-from experiments.figures.study.records import read_table
+from experiments.records import RecordError, load_record
+from experiments.records.files import PROVENANCE, has_curves, read_provenance
+from experiments.records.measurements import read_measured
 
 PACKED = {"method": "gzip", "mtime": 0}  # the same table gives the same bytes
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def keep(source: Path, target: Path) -> None:
-    complete = read_provenance(source / PROVENANCE)["complete"]
+    complete = read_provenance(source)["complete"]
     if target.exists() or not complete:
         print(f"{source}: {'there already' if target.exists() else 'not finished'}, not copied")
         return
@@ -53,9 +53,9 @@ def keep(source: Path, target: Path) -> None:
 
 
 def tables_of(source: Path) -> dict[str, pd.DataFrame]:
-    if any((source / name).exists() for name in CURVES):
+    if has_curves(source):
         return {"curves": load_record(source).curves}
-    tables = {path.stem: read_table(source, path.stem) for path in sorted(source.glob("*.csv"))}
+    tables = {path.stem: read_measured(source, path.stem) for path in sorted(source.glob("*.csv"))}
     if not tables:
         raise RecordError(f"{source} is marked complete and holds no table")
     return tables

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sweep", default="paper_grid")
     arguments = parser.parse_args(argv)
     problem, sweep = str(arguments.problem), str(arguments.sweep)
-    table = read_table(arguments.records / problem / f"{sweep}.csv", problem, sweep)
+    table = read_table(arguments.records / problem / f"{sweep}.csv")
     title = TITLES.get(problem) or problem
     try:
         best = Panel(f"{title}, best of the grid", winners_frame(arguments.records, problem, table))
@@ -44,11 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("wrote", ", ".join(map(str, paths)))
 
 
-def read_table(path: Path, problem: str, sweep: str) -> pd.DataFrame:
-    if not path.exists():
-        command = f"python -m experiments.select sweep={sweep} problem={problem} runs={path.parent.parent}"
-        raise SystemExit(f"error: {path} does not exist; make it with: {command}")
-    table = read_grid_table(path)
+def read_table(path: Path) -> pd.DataFrame:
+    try:
+        table = read_grid_table(path)
+    except RecordError as error:
+        raise SystemExit(f"error: {error}") from None
     if "lr" not in table:
         raise SystemExit(f"error: {path} has no column lr: only sweeps of the learning rate are drawn")
     return table

@@ -13,7 +13,6 @@ from experiments.figures.grid import (
     winners_frame,
 )
 from experiments.figures.long_table import by_optimizer, load_records
-from experiments.figures.records import NoRecordsError, Record, RecordError, load_record
 from experiments.figures.sensitivity import sensitivity_figure
 from experiments.figures.statistics import (
     final_losses,
@@ -24,6 +23,7 @@ from experiments.figures.statistics import (
     seed_table,
 )
 from experiments.figures.summary import Summary, summarize
+from experiments.records import NoRecordsError, Record, RecordError, load_record
 
 __all__ = [
     "NoRecordsError",

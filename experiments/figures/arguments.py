@@ -7,8 +7,8 @@ import pandas as pd
 
 from experiments.figures.figures import Panel
 from experiments.figures.long_table import load_records
-from experiments.figures.records import NoRecordsError, RecordError
 from experiments.figures.scales import SCALES, find_resnet
+from experiments.records import NoRecordsError, RecordError
 
 CONTROL = "batch_size=128"  # SGD and Adam at the K-FACs' batch: in the table, not in the figure
 

@@ -1,6 +1,5 @@
 """A grid search's records as one table, each optimizer's winner by a stated rule, and text."""
 
-import json
 import warnings
 from collections.abc import Sequence
 from itertools import combinations
@@ -12,15 +11,22 @@ import pandas as pd
 
 from experiments.figures.long_table import load_records, record_labels
 from experiments.figures.markdown import markdown_table, mean_with_interval, number, plain
-from experiments.figures.records import NoRecordsError, RecordError, read_provenance
 from experiments.figures.statistics import (
-    FINAL_EPOCHS,
     final_losses,
     final_summary,
     paired_difference,
     seed_interval,
 )
 from experiments.figures.style import optimizer_styles
+from experiments.records import FINAL_EPOCHS, NoRecordsError, RecordError
+from experiments.records.files import (
+    FAILURE,
+    PROVENANCE,
+    check_numbers,
+    read_failure,
+    read_provenance,
+    read_table,
+)
 
 COMPLETE = "complete"
 NUMBERS = ("diverged", "median", "mean", "low", "high", "lowest", "highest")
@@ -74,8 +80,24 @@ def grid_table(root: str | Path, problem: str, points: Sequence[Point]) -> pd.Da
 
 
 def read_grid_table(path: str | Path) -> pd.DataFrame:
-    """``grid_table`` as ``experiments.select`` writes it."""
-    return pd.read_csv(path, dtype={"label": str}).fillna({"label": ""})
+    """``grid_table`` as ``experiments.select`` writes it.
+
+    Raises:
+        NoRecordsError: there is none.
+        RecordError: it is damaged.
+    """
+    path = Path(path)
+    command = (
+        f"python -m experiments.select sweep={path.stem} problem={path.parent.name} runs={path.parents[1]}"
+    )
+    remedy = f"make it with: {command}"
+    table = read_table(path, remedy)
+    check_numbers(path, table, ("seeds", *NUMBERS), remedy)
+    if missing := {"optimizer", "status", "variant", "label"} - set(table.columns):
+        raise RecordError(f"{path} lacks the columns {', '.join(sorted(missing))}; {remedy}")
+    if table.empty:
+        raise RecordError(f"{path} has no rows; {remedy}")
+    return table.astype({"label": object}).fillna({"label": ""})
 
 
 def winners(table: pd.DataFrame) -> dict[str, Winner]:
@@ -144,8 +166,8 @@ def _row(root: Path, problem: str, point: Point) -> dict[str, Any]:
 
 def _check_settings(home: Path, point: Point) -> None:
     """A directory's name says only what differed from the recipe of its day."""
-    for path in sorted(home.rglob("provenance.json")):
-        found = read_provenance(path).get("config", {})
+    for path in sorted(home.rglob(PROVENANCE)):
+        found = read_provenance(path.parent).get("config", {})
         for part, asked in point.config.items():
             there = found.get(part, {})
             wrong = [
@@ -167,12 +189,9 @@ def _no_numbers(status: str) -> dict[str, Any]:
 
 
 def _what_is_there(home: Path, otherwise: str) -> str:
-    for failure in sorted(home.rglob("failure.json")):
-        try:
-            return f"failed: {json.loads(failure.read_text())['error']}"
-        except (ValueError, KeyError) as error:
-            raise RecordError(f"{failure} is damaged ({error}): remove it") from None
-    return "incomplete" if list(home.rglob("provenance.json")) else otherwise
+    for failure in sorted(home.rglob(FAILURE)):
+        return f"failed: {read_failure(failure)}"
+    return "incomplete" if list(home.rglob(PROVENANCE)) else otherwise
 
 
 def _winner_text(table: pd.DataFrame, labels: dict[str, str]) -> str:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from experiments.figures.records import NoRecordsError
 from experiments.figures.style import OPTIMIZERS
+from experiments.records import NoRecordsError
 
 
 class Scale(NamedTuple):

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-FINAL_EPOCHS = 5
+from experiments.records import FINAL_EPOCHS
+
 SLOW_LOSS = 0.6  # nats, of a binary classifier; chance level is log 2 = 0.69
 
 

@@ -52,6 +52,7 @@ class DeepLinearMLP:
     """
 
     likelihood = "bernoulli"
+    one_record_per_seed = False
     label = None
 
     def __init__(
@@ -87,7 +88,7 @@ class DeepLinearMLP:
     def train_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         replicas, samples = self.train_targets.shape
         orders = torch.stack([torch.randperm(samples, generator=g) for g in self._generators])
-        rows = torch.arange(replicas)[:, None]
+        rows = torch.arange(replicas, device=self.train_inputs.device)[:, None]
         for order in orders.to(self.train_inputs.device).split(batch_size, dim=1):
             x = self.train_inputs[rows, order]
             yield x.mT.contiguous(), self.train_targets[rows, order]
@@ -97,6 +98,9 @@ class DeepLinearMLP:
 
     def batches_per_epoch(self, batch_size: int) -> int:
         return -(-self.train_targets.shape[1] // batch_size)
+
+    def batch_size(self, targets: Tensor) -> int:
+        return targets.shape[1]
 
     def losses(self, output: Tensor, targets: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(output, targets, reduction="none").mean(1)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.problems.augmentation import crop_and_flip, normalise
+from experiments.problems.augmentation import crop_and_flip, draw_crops, normalise
 from experiments.problems.cifar10 import CLASSES, IMAGES, JPEG_COPY, Cifar10, DataError
 
 CHANNELS = (16, 32, 64)
@@ -102,6 +102,7 @@ class CifarResNet:
     """
 
     likelihood = "categorical"
+    one_record_per_seed = True
 
     def __init__(
         self,
@@ -140,10 +141,13 @@ class CifarResNet:
 
     def train_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Augmented images ``(B, 3, 32, 32)`` and classes ``(B,)``."""
-        order = torch.randperm(len(self.train_targets), generator=self._generator)
-        for batch in order.to(self.train_targets.device).split(batch_size):
-            images = crop_and_flip(self.train_images[batch], self._generator)
-            yield normalise(images), self.train_targets[batch]
+        device = self.train_targets.device
+        batches = torch.randperm(len(self.train_targets), generator=self._generator).split(batch_size)
+        # All that is random of the epoch goes to the device at once, so that no step waits for a copy.
+        draws = torch.cat([draw_crops(len(batch), self._generator) for batch in batches], dim=1).to(device)
+        order = torch.cat(batches).to(device)
+        for batch, drawn in zip(order.split(batch_size), draws.split(batch_size, dim=1), strict=True):
+            yield normalise(crop_and_flip(self.train_images[batch], drawn)), self.train_targets[batch]
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         splits = self.test_images.split(EVALUATION_BATCH), self.test_targets.split(EVALUATION_BATCH)
@@ -152,6 +156,9 @@ class CifarResNet:
 
     def batches_per_epoch(self, batch_size: int) -> int:
         return -(-len(self.train_targets) // batch_size)
+
+    def batch_size(self, targets: Tensor) -> int:
+        return len(targets)
 
     def losses(self, output: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(output.float(), targets)[None]

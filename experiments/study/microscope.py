@@ -8,6 +8,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 
+from experiments.records import PCG_LIMIT
 from experiments.study.fisher import DampedFisher
 from kfac2.optim.preconditioner import Preconditioner
 
@@ -127,7 +128,7 @@ def direction_errors(v: Tensor, g: Tensor, fisher: DampedFisher) -> dict[str, fl
     }
 
 
-def pcg_iterations(operator: Operator, g: Tensor, fisher: DampedFisher, limit: int = 5000) -> int:
+def pcg_iterations(operator: Operator, g: Tensor, fisher: DampedFisher, limit: int = PCG_LIMIT) -> int:
     """Iterations of conjugate gradients on ``F_λ x = g`` with a symmetric positive definite preconditioner, until
     the residual is ``PCG_TOLERANCE`` of ``‖g‖``; ``limit`` if they do not suffice."""
 

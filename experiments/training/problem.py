@@ -10,7 +10,8 @@ from torch import Tensor, nn
 class Problem(Protocol):
     """Model + data + loss + metrics for one or more seeds, trained side by side.
 
-    Per-seed tensors have shape ``(R,)``, R the number of seeds.
+    Per-seed tensors have shape ``(R,)``, R the number of seeds. What the entry points ask of its class besides:
+    ``one_record_per_seed``, whether each seed is trained alone.
     """
 
     @property
@@ -41,7 +42,9 @@ class Problem(Protocol):
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]: ...
 
-    def batches_per_epoch(self, batch_size: int) -> int: ...
+    def batch_size(self, targets: Tensor) -> int:
+        """Samples of each seed in the batch with these targets: the weight of its means."""
+        ...
 
     def losses(self, output: Tensor, targets: Tensor) -> Tensor:
         """Mean loss over the batch, per seed."""

@@ -15,13 +15,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from experiments.training.records import Row
+from experiments.records import FINAL_EPOCHS, Row
 
-FINAL_EPOCHS = 5
+MODES = ("offline", "online", "disabled")
+OLD_MODES = {"dryrun": "offline", "run": "online"}
 
 
 class Tracker(Protocol):
-    def start(self, config: dict[str, Any], first_epoch: int) -> None: ...
+    def start(self, config: dict[str, Any], first_epoch: int, identifier: str) -> None:
+        """Begin, or go on from ``first_epoch``; ``identifier`` is that of the training from its first epoch on."""
+        ...
+
     def log(self, rows: list[Row]) -> None: ...
     def finish(self, rows: list[Row]) -> None: ...
 
@@ -29,32 +33,34 @@ class Tracker(Protocol):
 class NoTracker:
     """For tests and benchmarks."""
 
-    def start(self, config: dict[str, Any], first_epoch: int) -> None: ...
+    def start(self, config: dict[str, Any], first_epoch: int, identifier: str) -> None: ...
     def log(self, rows: list[Row]) -> None: ...
     def finish(self, rows: list[Row]) -> None: ...
 
 
 class WandbTracker:
-    """Args: ``mode`` ``"offline"`` or ``"online"``; ``project``; ``directory`` for the offline runs;
-    ``recipe`` and ``sweep``, the names of those chosen, to find the run by."""
+    """Args: ``mode`` ``"offline"``, ``"online"`` or ``"disabled"``, by default as W&B's environment variables say,
+    else offline; ``project``; ``directory`` for the offline runs; ``recipe`` and ``sweep``, the names of those chosen,
+    to find the run by."""
 
     def __init__(
         self,
-        mode: str = "offline",
+        mode: str | None = None,
         project: str = "kfac2",
         directory: str = "runs",
         recipe: str | None = None,
         sweep: str | None = None,
     ):
-        if mode not in ("offline", "online"):
-            raise ValueError(f"unknown tracking.mode {mode!r}: choose from offline, online")
-        self.mode, self.project, self.directory = mode, project, directory
+        if mode is not None and mode not in MODES:
+            raise ValueError(f"unknown tracking.mode {mode!r}: choose from {', '.join(MODES)}")
+        self.mode = mode or environment_mode()
+        self.project, self.directory = project, directory
         self.recipe, self.sweep = recipe, sweep
         self._runs: dict[int, Any] = {}
         self._failed = False
 
-    def start(self, config: dict[str, Any], first_epoch: int) -> None:
-        self._guard(lambda: self._start(config, first_epoch))
+    def start(self, config: dict[str, Any], first_epoch: int, identifier: str) -> None:
+        self._guard(lambda: self._start(config, first_epoch, identifier))
 
     def log(self, rows: list[Row]) -> None:
         self._guard(lambda: [self._runs[int(row["seed"])].log(row, step=row["epoch"]) for row in rows])
@@ -62,13 +68,13 @@ class WandbTracker:
     def finish(self, rows: list[Row]) -> None:
         self._guard(lambda: self._finish(rows))
 
-    def _start(self, config: dict[str, Any], first_epoch: int) -> None:
+    def _start(self, config: dict[str, Any], first_epoch: int, identifier: str) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
         mode = self.mode
         if mode == "online" and not wandb.login(prompt=False):
-            warnings.warn("tracking.mode=online, but no W&B login is stored: tracking offline", stacklevel=2)
+            warnings.warn("W&B is to be online, but no login is stored: tracking offline", stacklevel=2)
             mode = "offline"
         Path(self.directory).mkdir(parents=True, exist_ok=True)
         configuration, run = _digest(config | {"seeds": None}), _digest(config)
@@ -83,7 +89,7 @@ class WandbTracker:
                 group=f"{problem}-{self.sweep or configuration}",
                 job_type=optimizer,
                 name=f"{problem}-{optimizer}-seed{seed}-{configuration}",
-                id=f"{run}-{seed}",
+                id=f"{run}-{identifier}-{seed}",
                 resume="allow",
                 tags=[*tags, f"seed{seed}"],
                 config=config | origin | {"seed": seed, "first_epoch": first_epoch},
@@ -93,11 +99,12 @@ class WandbTracker:
 
     def _finish(self, rows: list[Row]) -> None:
         for seed, run in self._runs.items():
-            run.summary.update(summary([row for row in rows if row["seed"] == seed]))
+            if own := [row for row in rows if row["seed"] == seed]:
+                run.summary.update(summary(own))
             run.finish()
 
     def _guard(self, call: Callable[[], Any]) -> None:
-        if self._failed:
+        if self._failed or self.mode == "disabled":
             return
         try:
             call()
@@ -105,6 +112,21 @@ class WandbTracker:
             self._failed = True
             logging.getLogger(__name__).debug("W&B failed", exc_info=True)
             warnings.warn(f"W&B tracking stopped, the training goes on: {error}", stacklevel=2)
+
+
+def environment_mode() -> str:
+    """What ``WANDB_DISABLED`` and ``WANDB_MODE`` ask for; offline where they say nothing.
+
+    Raises:
+        ValueError: a mode that W&B has not.
+    """
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
+        return "disabled"
+    given = os.environ.get("WANDB_MODE") or "offline"
+    mode = OLD_MODES.get(given, given)
+    if mode not in MODES:
+        raise ValueError(f"unknown WANDB_MODE {given!r}: choose from {', '.join(MODES)}")
+    return mode
 
 
 def summary(rows: list[Row]) -> dict[str, float | bool]:

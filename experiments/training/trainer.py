@@ -1,18 +1,18 @@
 """The one trainer, blind to the optimizer."""
 
 import math
-import sys
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from experiments.records import Row
 from experiments.training.problem import Problem
-from experiments.training.records import Row, RunDirectory
+from experiments.training.records import RunDirectory
 from experiments.training.tracking import Tracker
 
 OptimizerFactory = Callable[..., Any]
@@ -37,6 +37,10 @@ class TrainingSettings:
                 raise ValueError(f"training.{name} must be positive, got {getattr(self, name)}")
         if any(not 0 < fraction < 1 for fraction in self.milestones):
             raise ValueError(f"training.milestones are fractions of the run, got {self.milestones}")
+        if sorted(set(self.milestones)) != list(self.milestones):
+            raise ValueError(f"training.milestones must increase, got {self.milestones}")
+        if not 0 < self.lr_decay < math.inf:
+            raise ValueError(f"training.lr_decay must be positive and finite, got {self.lr_decay}")
 
 
 class Averages:
@@ -72,54 +76,64 @@ class Training:
         )
         self.rows: list[Row] = []
         self.epoch, self.seconds = 0, 0.0
+        self.epoch_seconds = 0.0  # of the latest epoch with its evaluation
+        self.identifier = uuid.uuid4().hex[:8]  # kept when it is resumed, another when it begins anew
 
     def run(
         self,
         directory: RunDirectory,
         tracker: Tracker,
-        description: str = "",
-        position: int = 0,
+        report: Callable[[int, int, str], None] = lambda *_: None,
         rerun: bool = False,
+        deadline: float = math.inf,
     ) -> list[Row]:
         """Train what is missing and return all rows; leaves a complete record in ``directory``.
 
         A record that another process has completed meanwhile is left alone, unless ``rerun``.
 
-        ``description`` and ``position`` are the progress bar's: several trainings may share a terminal.
+        Args:
+            report: ``report(epoch, epochs, note)``, after each epoch and where it begins.
+            deadline: as ``time.time``. No epoch begins that would not end by then, if it takes as long as the one
+                before; the record is left incomplete and can be resumed.
         """
-        device = next(self.problem.model.parameters()).device
+        device = device_name(self._device)
         with directory.locked():
             if rerun:
                 directory.clear()
             if directory.is_complete():
                 return self.rows
-            checkpoint = directory.load_checkpoint(torch.device("cpu"))
-            if checkpoint is not None:
-                directory.check_label(self.problem.label)
-                self.load_state_dict(checkpoint)
+            self._resume(directory)
             directory.failure.unlink(missing_ok=True)
-            directory.write_provenance(False, device_name(device), self.problem.label)
-            tracker.start(directory.config, first_epoch=self.epoch + 1)
-            with tqdm(
-                total=self.settings.epochs,
-                initial=self.epoch,
-                desc=description,
-                unit="epoch",
-                position=position,
-                mininterval=1 if sys.stderr.isatty() else 30,
-            ) as bar:
-                while self.epoch < self.settings.epochs:
-                    rows = self.skip_epoch() if self.has_diverged() else self.train_epoch()
-                    directory.save_checkpoint(self.state_dict())
-                    directory.write_curves(self.rows)
-                    tracker.log(rows)
-                    losses = " ".join(f"{row['train_loss']:.3g}" for row in rows)
-                    bar.set_postfix_str(f"loss {losses}", refresh=False)
-                    bar.update()
-            directory.write_curves(self.rows)
-            directory.finish(device_name(device), self.problem.label)
+            directory.write_provenance(False, device, self.problem.label)
+            tracker.start(directory.config, self.epoch + 1, self.identifier)
+            report(self.epoch, self.settings.epochs, "")
+            while self.epoch < self.settings.epochs and time.time() + self.epoch_seconds <= deadline:
+                start = time.perf_counter()
+                rows = self.skip_epoch() if self.has_diverged() else self.train_epoch()
+                self.epoch_seconds = time.perf_counter() - start
+                directory.save_checkpoint(self.state_dict())
+                directory.write_curves(self.rows)
+                tracker.log(rows)
+                losses = " ".join(f"{row['train_loss']:.3g}" for row in rows)
+                report(self.epoch, self.settings.epochs, f"loss {losses}")
+            if self.epoch == self.settings.epochs:
+                directory.write_curves(self.rows)
+                directory.finish(device, self.problem.label)
             tracker.finish(self.rows)
         return self.rows
+
+    def _resume(self, directory: RunDirectory) -> None:
+        """Go on from the record's checkpoint, if there is one."""
+        checkpoint = directory.load_checkpoint(torch.device("cpu"))
+        if checkpoint is None:
+            return
+        directory.check_label(self.problem.label)
+        try:
+            self.load_state_dict(checkpoint)
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{directory.checkpoint} is of another training or code ({error!r}): rerun=true trains from the start"
+            ) from error
 
     def train_epoch(self) -> list[Row]:
         """One epoch and its evaluation; returns its rows, one per seed."""
@@ -159,6 +173,10 @@ class Training:
         self.rows += rows
         return rows
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self.problem.model.parameters()).device
+
     def _latest_rows(self) -> list[Row]:
         return self.rows[-len(self.problem.seeds) :]
 
@@ -174,7 +192,7 @@ class Training:
             losses.sum().backward()
             stopped = not self._step(losses)
             averages.add(
-                targets.shape[-1],
+                problem.batch_size(targets),
                 loss=losses.detach(),
                 accuracy=problem.accuracies(output.detach(), targets),
                 **optimizer.diagnostics,
@@ -201,7 +219,7 @@ class Training:
         for inputs, targets in self.problem.test_batches():
             output = self._forward(inputs)
             averages.add(
-                targets.shape[-1],
+                self.problem.batch_size(targets),
                 loss=self.problem.losses(output, targets),
                 accuracy=self.problem.accuracies(output, targets),
             )
@@ -217,6 +235,8 @@ class Training:
         return {
             "epoch": self.epoch,
             "seconds": self.seconds,
+            "epoch_seconds": (device_name(self._device), self.epoch_seconds),
+            "identifier": self.identifier,
             "rows": self.rows,
             "model": self.problem.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -226,6 +246,9 @@ class Training:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.seconds, self.rows = state["epoch"], state["seconds"], list(state["rows"])
+        self.identifier = state.get("identifier", self.identifier)  # checkpoints had none
+        where, seconds = state.get("epoch_seconds", (None, 0.0))
+        self.epoch_seconds = seconds if where == device_name(self._device) else 0.0
         self.problem.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])

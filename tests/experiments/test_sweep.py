@@ -116,17 +116,27 @@ def run(*overrides: str, runs: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-SWEEP = ["sweep=paper_grid", "optimizer=sgd", "optimizer.lr=1e-2,1e-3,-1", "optimizer.momentum=0.9", *TINY]
-SMALL = "depth=2,epochs=1,test_samples=8,train_samples=64"
+# What only the building of a problem finds out.
+ACTIVATIONS = "problem.activation=identity,tanh,rleu"
+SWEEP = [
+    "sweep=paper_grid",
+    "optimizer=sgd",
+    "optimizer.lr=1e-2",
+    "optimizer.momentum=0.9",
+    ACTIVATIONS,
+    *TINY,
+]
+SMALL = "depth=2,epochs=1,lr=0.01,test_samples=8,train_samples=64"
 TIKHONOV = "inverse=tikhonov,kl_clip=None,lr=0.01,momentum=0.0"
-VARIANTS = {f"depth=2,epochs=1,lr={lr},test_samples=8,train_samples=64" for lr in ("0.01", "-1.0")} | {SMALL}
+VARIANTS = {f"activation={name},{SMALL}" for name in ("tanh", "rleu")} | {SMALL}
 
 
 def sweep_with_a_failure(launcher: str, runs: Path) -> dict[str, int]:
     """The names of the finished records, and when they were written."""
     result = run("-m", *SWEEP, f"hydra/launcher={launcher}", runs=runs)
     assert result.returncode == 1
-    assert "Invalid learning rate: -1" in result.stderr
+    assert "unknown activation 'rleu'" in result.stderr
+    assert "Traceback" not in result.stderr
     home = runs / "deep_linear_mlp" / "sgd"
     assert {path.name for path in home.iterdir()} == VARIANTS
     records = {path.parent.name: path for path in home.glob("*/provenance.json")}
@@ -146,7 +156,7 @@ def test_processes_train_the_others_of_a_failure_and_then_only_what_is_missing(
     records = sweep_with_a_failure("processes", tmp_path)
     select.main([*SWEEP, f"runs={tmp_path}", "--recipes", str(tmp_path / "recipe")])
     out = capsys.readouterr().out
-    assert "failed: ValueError: Invalid learning rate: -1.0" in out
+    assert "failed: ValueError: unknown activation 'rleu'" in out
     assert "no recipes written" in out  # not the sweep as it stands
     assert not (tmp_path / "recipe").exists()
     table = pd.read_csv(tmp_path / "deep_linear_mlp" / "paper_grid.csv")
@@ -165,8 +175,8 @@ def train_in_sweep(config: Any) -> None:
 @pytest.mark.usefixtures("hydra")
 def test_a_failure_is_forgotten_when_training_begins(tmp_path: Path) -> None:
     config = compose("train", overrides=[*TINY, f"runs={tmp_path}", "tracking=none", "seeds=[0]"])
-    with pytest.raises(ValueError, match="momentum"):
-        train_in_sweep(OmegaConf.merge(config, {"optimizer": {"momentum": -1.0}}))
+    with pytest.raises(ValueError, match="activation"):
+        train_in_sweep(OmegaConf.merge(config, {"problem": {"activation": "rleu"}}))
     (failed,) = tmp_path.rglob("failure.json")
     assert json.loads(failed.read_text())["error"].startswith("ValueError: ")
     (directory,) = run_directories(config)
@@ -180,7 +190,7 @@ def test_a_failure_is_forgotten_when_training_begins(tmp_path: Path) -> None:
 def test_one_seed_s_failure_stays_beside_the_records_of_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(config: Any, directory: RunDirectory, position: int) -> None:
+    def failing(config: Any, directory: RunDirectory, *_: Any) -> None:
         if directory.config["seeds"] == [0]:
             raise OSError("no\nspace")
         with directory.locked():

@@ -116,6 +116,7 @@ def test_number_of_refreshes(
     monkeypatch.setattr(Cifar10, "load", blank)
     settings = config(f"problem={problem}", "optimizer=kfac")
     run = build_training(settings, [0])
+    assert isinstance(run.problem, CifarResNet)
     total = run.problem.batches_per_epoch(settings.training.batch_size) * settings.training.epochs
     assert total == iterations
     assert -(-total // settings.optimizer.factor_interval) == factors

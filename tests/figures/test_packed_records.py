@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from experiments.figures import RecordError, load_record, load_records
-from experiments.figures.study.records import load_measurement
+from experiments.records import load_measurement
 from tests.figures.conftest import write_files
 
 Write = Callable[..., Path]

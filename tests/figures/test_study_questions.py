@@ -9,21 +9,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
 from matplotlib import pyplot as plt
 
 from experiments.figures import save_figure
 from experiments.figures.study.microscope import DIRECTIONS, MATRICES
 from experiments.figures.study.questions import QUESTIONS
 from experiments.figures.study.records import Study
-from experiments.identity import identity, run_path
-from experiments.measurement import measured_directory
-from experiments.select import expand
-from experiments.train import CONFIGS
+from experiments.study.arms import CONVOLUTIONS, MICROSCOPE, TRAININGS
 from tests.figures.conftest import write_files
 
 ROOT = Path(__file__).parents[2]
-STEPS = runpy.run_path(str(ROOT / "scripts" / "run_study.py"))["STEPS"]
 plot = runpy.run_path(str(ROOT / "scripts" / "plot_study.py"))["main"]
 TABLES = ("directions", "coarse", "spectrum")
 
@@ -43,16 +38,12 @@ def curves(seeds: list[int], epochs: int, level: float, two_levels: bool) -> pd.
 
 
 def write_trainings(root: Path) -> None:
-    for module, overrides in STEPS:
-        if module != "experiments.train":
-            continue
-        grid = expand([*overrides, f"runs={root}"])
-        for number, (point, config) in enumerate(zip(grid.points, grid.configs, strict=True)):
-            level = 0.03 + 0.01 * (number % 8)
-            path = run_path(config)
-            if not path.exists():
-                own = curves(point.seeds, config.training.epochs, level, point.optimizer != "kfac")
-                write_files(path, own, provenance(identity(config)))
+    for number, arm in enumerate(TRAININGS):
+        level, seeds = 0.03 + 0.01 * (number % 8), list(range(arm.seeds))
+        own = curves(seeds, arm.settings.get("training.epochs", 100), level, arm.optimizer != "kfac")
+        names = {"problem": {"name": arm.problem}, "optimizer": {"name": arm.optimizer}}
+        epochs = {"training": {"epochs": max(own["epoch"])}, "seeds": seeds}
+        write_files(root / arm.problem / arm.optimizer / arm.variant, own, provenance(names | epochs))
 
 
 def measured(seed: int, epoch: int) -> dict[str, pd.DataFrame]:
@@ -85,25 +76,20 @@ def write_measurements(root: Path) -> None:
     for seed in (0, 1):
         tables = [measured(seed, epoch) for epoch in (0, 5)]
         joined = {name: pd.concat([each[name] for each in tables]) for name in TABLES}
-        for optimizer in ("kfac", "two_level_kfac"):
-            config = compose("train", [f"optimizer={optimizer}", f"seeds=[{seed}]", f"runs={root}"])
-            write_measurement(measured_directory(config, "microscope", seed).path, joined, None)
-        (overrides,) = (own for module, own in STEPS if module == "experiments.coarse_matrix")
-        one = [o for o in overrides if not o.startswith("seeds=")]
-        config = compose("train", [*one, f"seeds=[{seed}]", f"runs={root}"])
+        for arm in MICROSCOPE.values():
+            write_measurement(root / "microscope" / arm.group / f"seed={seed}", joined, None)
         coarse = (
             joined["coarse"].query("statistics == 'batch' and matrix != 'true'").drop(columns="statistics")
         )
-        path = measured_directory(config, "coarse_matrix", seed).path
+        path = root / "coarse_matrix" / CONVOLUTIONS.group / f"seed={seed}"
         write_measurement(path, {"coarse": coarse}, "preview: few images")
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("study")
-    with initialize_config_dir(CONFIGS, version_base="1.3"):
-        write_trainings(root)
-        write_measurements(root)
+    write_trainings(root)
+    write_measurements(root)
     return root
 
 
@@ -138,6 +124,6 @@ def test_the_rest_is_answered_where_records_are_missing(
     output = tmp_path / "study"
     with pytest.raises(SystemExit, match=r"not answered: question 1, 2, 3, 4, 5, 6, 7$"):
         plot(["--records", str(tmp_path), "--output", str(output)])
-    assert "no finished trainings of the study" in capsys.readouterr().out
+    assert "no finished training of the study" in capsys.readouterr().out
     assert "Not answered: no finished measurements" in (output / "tables.md").read_text()
     assert (output / "q8_convolutions.png").exists()

@@ -15,8 +15,9 @@ from experiments.figures.statistics import paired_ratio
 from experiments.figures.study.arms import arm_markdown, arm_table, arms_figure
 from experiments.figures.study.lines import best_of, goal_table, good_region, line_table, ratio_row
 from experiments.figures.study.microscope import change_markdown, direction_table, over_seeds
-from experiments.figures.study.records import choose, load_measurement, load_trainings
-from experiments.figures.study.settings import FULL, ONE_LEVEL
+from experiments.figures.study.records import Study
+from experiments.records import load_measurement
+from experiments.study.arms import FULL, ONE_LEVEL, one
 
 Write = Callable[..., Path]
 
@@ -36,46 +37,14 @@ def constant(**losses: float) -> pd.DataFrame:
     return training_of({seed: [loss] * 6 for seed, loss in enumerate(losses.values())})
 
 
-@pytest.fixture
-def write_training(write_record: Write) -> Write:
-    def write(optimizer: str, variant: str = "paper", **settings: Any) -> Path:
-        own = {"name": optimizer, "lr": 1e-3, "momentum": 0.9, "damping": 1e-2, "kl_clip": 1e-3} | settings
-        problem = {"name": "deep_linear_mlp", "depth": 64, "batch_norm": True, "activation": "identity"}
-        config = {"problem": problem, "optimizer": own, "training": {"epochs": 6}, "seeds": [0, 1]}
-        return write_record(optimizer, variant=variant, seeds=[0, 1], epochs=6, config=config)
-
-    return write
-
-
-def test_trainings_have_their_settings(write_training: Write, write_record: Write, tmp_path: Path) -> None:
-    write_training("kfac")
-    write_training("kfac", "kl_clip=None", kl_clip=None)
-    write_training("two_level_kfac", coarse_weight=0.5)
-    write_training("two_level_variant", "coarse=diagonal", coarse_weight=1.0, coarse="diagonal")
-    write_record("sgd", epochs=6)  # not the study's
-    write_record("kfac", variant="lr=1", complete=False)
-    trainings = load_trainings(tmp_path / "runs")
-    names = trainings.drop_duplicates(["optimizer", "variant"])
-    found = names[["optimizer", "coarse", "coarse_weight", "kl_clip"]].to_numpy().tolist()
-    assert found == [
-        ["kfac", "none", 0.0, math.inf],
-        ["kfac", "none", 0.0, 1e-3],
-        ["two_level_kfac", "full", 0.5, 1e-3],
-        ["two_level_variant", "diagonal", 1.0, 1e-3],
-    ]
-    chosen = choose(trainings, optimizer="kfac", kl_clip=math.inf, depth=64, seeds="0-1")
-    assert set(chosen["variant"]) == {"kl_clip=None"}
-    with pytest.raises(NoRecordsError, match=r"no finished training with coarse=permuted.*make study"):
-        choose(trainings, coarse="permuted")
-    with pytest.raises(
-        RecordError, match=r"several trainings with optimizer=kfac: kfac/kl_clip=None; kfac/paper"
-    ):
-        choose(trainings, optimizer="kfac")
-
-
-def test_no_trainings(tmp_path: Path) -> None:
-    with pytest.raises(NoRecordsError, match="make study"):
-        load_trainings(tmp_path)
+def test_an_arm_is_read_from_its_record(write_record: Write, tmp_path: Path) -> None:
+    study = Study(tmp_path / "runs")
+    with pytest.raises(NoRecordsError, match=r"/damping=1.0,seeds=0-1; make it with: make study"):
+        study.curves(one(damping=1.0, seeds=2))
+    write_record("kfac", variant="seeds=0-1", seeds=[0, 1], epochs=2)
+    write_record("kfac", variant="damping=1.0,seeds=0-1", seeds=[0, 1], epochs=3)
+    arms = study.arms({"paper": one(seeds=2), "another λ": one(seeds=2, damping=1.0)})
+    assert {name: max(curves["epoch"]) for name, curves in arms.items()} == {"paper": 2, "another λ": 3}
 
 
 def test_the_ratio_is_that_of_logarithms() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchvision.transforms.functional as TF
 
-from experiments.problems.augmentation import MEAN, STANDARD_DEVIATION, crop_and_flip, normalise
+from experiments.problems.augmentation import MEAN, STANDARD_DEVIATION, crop_and_flip, draw_crops, normalise
 from tests.problems.cifar_files import pixels
 
 SAMPLES = 64
@@ -26,7 +26,7 @@ def test_equals_torchvision_image_by_image() -> None:
     for image, top, left, flip in zip(images(), rows, columns, mirrored, strict=True):
         view = TF.crop(TF.pad(image, [4], fill=0), top, left, 32, 32)
         expected.append(TF.to_tensor(TF.to_pil_image(TF.hflip(view) if flip else view)))
-    augmented = crop_and_flip(images(), generator())
+    augmented = crop_and_flip(images(), draw_crops(SAMPLES, generator()))
     assert augmented.dtype == torch.uint8
     assert torch.equal(augmented.float() / 255, torch.stack(expected))
     normalised = [TF.normalize(image, list(MEAN), list(STANDARD_DEVIATION)) for image in expected]
@@ -36,7 +36,7 @@ def test_equals_torchvision_image_by_image() -> None:
 def test_every_shift_and_both_sides_occur_alike() -> None:
     samples = 20_000
     ramp = torch.arange(32 * 32, dtype=torch.int32).reshape(1, 1, 32, 32).expand(samples, 1, 32, 32)
-    views = crop_and_flip(ramp, generator())[:, 0]
+    views = crop_and_flip(ramp, draw_crops(samples, generator()))[:, 0]
     centre = views[:, 16, 15:17]
     flipped = centre[:, 0] > centre[:, 1]
     positions = torch.where(flipped, centre[:, 1], centre[:, 0])

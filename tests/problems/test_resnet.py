@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.problems import Cifar10, CifarResNet, DataError, cifar_resnet
-from experiments.problems.augmentation import crop_and_flip, normalise
+from experiments.problems.augmentation import crop_and_flip, draw_crops, normalise
 from experiments.problems.resnet import BasicBlock
 from tests.problems.cifar_files import TEST, TRAIN, write_parquet
 
@@ -133,7 +133,9 @@ def test_batches_are_the_augmented_images_in_a_new_order(folder: Path) -> None:
         assert [len(targets) for _, targets in batches] == [25, 25, 10]
         orders.append(torch.randperm(TRAIN, generator=twin))
         for (images, targets), indices in zip(batches, orders[-1].split(25), strict=True):
-            assert torch.equal(images, normalise(crop_and_flip(p.train_images[indices], twin)))
+            assert torch.equal(
+                images, normalise(crop_and_flip(p.train_images[indices], draw_crops(len(indices), twin)))
+            )
             assert torch.equal(targets, p.train_targets[indices])
     assert p.batches_per_epoch(25) == 3
     assert not torch.equal(*orders)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from experiments.problems import Cifar10, CifarResNet, DeepLinearMLP
-from experiments.training.records import RunDirectory, write_atomically
+from experiments.records.files import write_atomically
+from experiments.training.records import RunDirectory
 from experiments.training.tracking import NoTracker, WandbTracker, summary
 from experiments.training.trainer import Training, TrainingSettings
 from kfac2 import TwoLevelKFAC
@@ -79,6 +80,39 @@ def test_losses_are_means_over_the_epoch_s_samples() -> None:
         assert row["train_accuracy"] == pytest.approx(right[r].item() / 100, rel=1e-6)
 
 
+def test_batches_are_weighted_by_the_size_that_the_problem_states() -> None:
+    """Here targets are ``(B, 3)``, whose last axis says nothing of it."""
+
+    class Vectors:
+        seeds, label, likelihood = [0], None, "gaussian"
+
+        def __init__(self) -> None:
+            self.model = torch.nn.Linear(2, 3)
+            self.label_generators = [torch.Generator()]
+            self.x, self.y = torch.randn(5, 2), torch.randn(5, 3)
+
+        def train_batches(self, batch_size: int) -> Any:
+            yield from zip(self.x.split(batch_size), self.y.split(batch_size), strict=True)
+
+        def test_batches(self) -> Any:
+            return self.train_batches(3)
+
+        def batch_size(self, targets: torch.Tensor) -> int:
+            return len(targets)
+
+        def losses(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return (output - targets).square().mean()[None]
+
+        def accuracies(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(1)
+
+    problem = cast(Any, Vectors())
+    run = Training(problem, sgd, TrainingSettings(1, 3))
+    (loss,) = run.evaluate()["loss"]
+    expected = problem.losses(problem.model(problem.x), problem.y)
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_learning_rate_follows_the_milestones() -> None:
     run = training(epochs=5, milestones=[0.4, 0.8])
     rates = [run.train_epoch()[0]["learning_rate"] for _ in range(5)]
@@ -87,6 +121,38 @@ def test_learning_rate_follows_the_milestones() -> None:
 
 def test_a_milestone_is_never_before_the_first_epoch() -> None:
     assert training(epochs=1, milestones=[0.4]).train_epoch()[0]["learning_rate"] == 1e-2
+
+
+def test_a_deadline_stops_before_an_epoch_that_would_not_end_by_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("time.time", lambda: now[0])
+
+    def timed(epochs: int) -> Training:
+        run = training(epochs)
+        real = run.train_epoch
+
+        def train_epoch() -> Any:
+            now[0] += 10
+            return real()
+
+        monkeypatch.setattr("time.perf_counter", lambda: now[0])
+        monkeypatch.setattr(run, "train_epoch", train_epoch)
+        return run
+
+    directory = RunDirectory(tmp_path / "limited", CONFIG)
+    rows = timed(5).run(directory, NoTracker(), deadline=1025)
+    assert [row["epoch"] for row in rows] == [1, 1, 2, 2]  # the third would end at 1030
+    assert not directory.is_complete()
+    now[0] = 2000.0
+    assert len(timed(5).run(directory, NoTracker(), deadline=2009)) == 2 * 2  # it knows what an epoch takes
+    rows = timed(5).run(directory, NoTracker(), deadline=2030)
+    assert directory.is_complete()
+    whole = training(5)
+    for _ in range(5):
+        whole.train_epoch()
+    assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in whole.rows]
 
 
 def test_record_is_complete_and_says_what_made_it(tmp_path: Path) -> None:
@@ -263,7 +329,16 @@ def test_autocast_is_for_the_forward_pass_alone(images: Cifar10) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"epochs": 0}, {"epochs": 1, "batch_size": 0}, {"epochs": 1, "milestones": [40]}]
+    "settings",
+    [
+        {"epochs": 0},
+        {"epochs": 1, "batch_size": 0},
+        {"epochs": 1, "milestones": [40]},
+        {"epochs": 1, "milestones": [0.4, 0.4]},
+        {"epochs": 1, "milestones": [0.8, 0.4]},
+        {"epochs": 1, "lr_decay": -0.1},
+        {"epochs": 1, "lr_decay": math.nan},
+    ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"training\."):
@@ -296,7 +371,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def test_seeds_trained_one_by_one_share_a_wandb_group(tmp_path: Path, started: list[dict[str, Any]]) -> None:
     for seed in (0, 1):
-        WandbTracker(directory=str(tmp_path)).start(CONFIG | {"seeds": [seed]}, first_epoch=1)
+        WandbTracker(directory=str(tmp_path)).start(CONFIG | {"seeds": [seed]}, first_epoch=1, identifier="a")
     assert started[0]["group"] == started[1]["group"]
     assert started[0]["id"] != started[1]["id"]
 
@@ -317,6 +392,56 @@ def test_a_sweep_is_a_wandb_group_with_tags_and_summaries(
     assert summary["final_train_loss"] == pytest.approx(rows["train_loss"].tail(5).mean())
     assert summary["best_test_accuracy"] == pytest.approx(rows["test_accuracy"].max())
     assert (summary["epochs"], summary["diverged"]) == (7, False)
+
+
+def test_a_training_from_the_start_is_a_new_wandb_run_and_a_resumed_one_the_same(
+    tmp_path: Path, started: list[dict[str, Any]]
+) -> None:
+    directory = RunDirectory(tmp_path / "run", CONFIG)
+    tracker = WandbTracker(directory=str(tmp_path))
+    begun = training(2)
+    begun.train_epoch()
+    with directory.locked():
+        directory.save_checkpoint(begun.state_dict())
+    training(2).run(directory, tracker)
+    training(2).run(directory, tracker, rerun=True)
+    resumed, rerun = [[run["id"] for run in started[start : start + 2]] for start in (0, 2)]
+    assert all(begun.identifier in name for name in resumed)
+    assert not set(resumed) & set(rerun)
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "mode"),
+    [
+        (None, {}, "offline"),
+        (None, {"WANDB_MODE": "online"}, "online"),
+        (None, {"WANDB_MODE": "dryrun"}, "offline"),
+        (None, {"WANDB_MODE": "disabled"}, "disabled"),
+        (None, {"WANDB_MODE": "online", "WANDB_DISABLED": "true"}, "disabled"),
+        (None, {"WANDB_MODE": "online", "WANDB_DISABLED": "false"}, "online"),
+        ("offline", {"WANDB_MODE": "online", "WANDB_DISABLED": "true"}, "offline"),
+    ],
+)
+def test_wandb_s_environment_decides_where_no_setting_does(
+    given: str | None, environment: dict[str, str], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert WandbTracker(given).mode == mode
+    monkeypatch.setenv("WANDB_DISABLED", "")
+    monkeypatch.setenv("WANDB_MODE", "onlin")
+    with pytest.raises(ValueError, match="unknown WANDB_MODE 'onlin'"):
+        WandbTracker()
+
+
+def test_disabled_tracking_leaves_nothing(tmp_path: Path, started: list[dict[str, Any]]) -> None:
+    training(1).run(
+        RunDirectory(tmp_path / "run", CONFIG), WandbTracker("disabled", directory=str(tmp_path / "w"))
+    )
+    assert not started
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_diverged_seed_s_summary() -> None:

@@ -22,8 +22,8 @@ from experiments.figures.statistics import (
     seed_table,
 )
 from experiments.figures.study.drawing import panels, plain_log
-from experiments.figures.study.settings import FULL, ONE_LEVEL
 from experiments.figures.style import OPTIMIZERS, RC, Style
+from experiments.study.arms import FULL, ONE_LEVEL
 
 Arms = Mapping[str, pd.DataFrame]
 TRACES = {"nu": "ν", "coarse_ratio": "correction / one-level step"}

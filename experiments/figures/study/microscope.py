@@ -14,6 +14,7 @@ from experiments.figures.markdown import markdown_table, mean_with_interval, num
 from experiments.figures.statistics import seed_interval
 from experiments.figures.study.drawing import draw_line, panels, plain_log
 from experiments.figures.style import OPTIMIZERS, RC, Style
+from experiments.records import PCG_LIMIT
 
 DIRECTIONS = {
     "none": Style("SGD (the gradient)", OPTIMIZERS["sgd"].color, ":"),
@@ -32,7 +33,6 @@ MATRICES = {
 }
 STATISTICS = {"batch": "through batch statistics", "frozen": "with statistics as constants"}
 MEANS, MEDIANS = ("scaled_error", "cosine"), ("error", "pcg_iterations")
-PCG_LIMIT = 5000  # iterations after which it was stopped
 EPOCH_GAP = 0.4  # on the axis of the epochs, on which 0 must have a place
 
 

@@ -1,9 +1,8 @@
 """The study's questions, each answered from the records: a text of tables and a figure."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -23,7 +22,6 @@ from experiments.figures.study.lines import (
     ratio_row,
 )
 from experiments.figures.study.microscope import (
-    PCG_LIMIT,
     STATISTICS,
     change_markdown,
     coarse_markdown,
@@ -39,29 +37,28 @@ from experiments.figures.study.question_figures import (
     depth_figure,
     tuning_figure,
 )
-from experiments.figures.study.records import Study, choose
-from experiments.figures.study.settings import (
-    BASES,
-    BEST_ONE,
-    CONTROLS,
+from experiments.figures.study.records import Study
+from experiments.study.arms import (
+    BELOW_THE_GRID,
     CONVOLUTIONS,
-    DAMPINGS,
     DEPTHS,
-    FIVE,
     FULL,
+    INITIAL_KICK,
     LAMBDAS,
-    MEASURED,
-    NETS,
-    ONE,
+    MICROSCOPE,
+    OFF_DIAGONAL,
     ONE_LEVEL,
+    ONES_VECTOR,
     PAPER,
     RATES,
-    TIMES,
-    TWO,
-    VARIANT,
+    TUNED_VARIANTS,
     WEAK_LAMBDA,
+    WEAKLY_DAMPED,
     WEIGHTS,
 )
+from experiments.records import PCG_LIMIT
+
+LAMBDA = PAPER["optimizer.damping"]
 
 
 class Answer(NamedTuple):
@@ -72,36 +69,33 @@ class Answer(NamedTuple):
 
 
 def off_diagonal(study: Study) -> Answer:
-    return _arms_answer(_variants(study.trainings, PAPER, CONTROLS))
+    return _arms_answer(study.arms(OFF_DIAGONAL))
 
 
 def ones_vector(study: Study) -> Answer:
-    return _arms_answer(_variants(study.trainings, PAPER, BASES))
+    return _arms_answer(study.arms(ONES_VECTOR))
 
 
 def initial_kick(study: Study) -> Answer:
-    return _arms_answer(_variants(study.trainings, PAPER, TIMES))
+    return _arms_answer(study.arms(INITIAL_KICK))
 
 
 def damping(study: Study) -> Answer:
-    trainings = study.trainings
     parts, weights, shown = [RULE], {}, {}
-    for clip, kl_clip in (("with clipping", 1e-3), ("without clipping", np.inf)):
-        settings = PAPER | {"kl_clip": kl_clip}
-        arms = {ONE_LEVEL: choose(trainings, **settings, **ONE)}
-        for name, coarse in DAMPINGS.items():
-            variant = settings | VARIANT | {"coarse": coarse}
-            own = {weight: choose(trainings, **variant | {"coarse_weight": weight}) for weight in WEIGHTS}
-            weights[f"{name}, {clip}"] = line_table({0.0: arms[ONE_LEVEL]} | own, "weight")
-            arms |= {f"{name}, weight {weight:g}": curves for weight, curves in own.items()}
-            shown[f"{name}, {clip}"] = own[1.0]
-        parts += [f"**KL clipping: {clip}**", arm_markdown(arm_table(arms, [ONE_LEVEL]), [ONE_LEVEL])]
-    one, two = (_line(trainings, PAPER | levels, "damping", LAMBDAS) for levels in (ONE, TWO))
-    lambdas = {"one level": line_table(one, "damping"), "two levels": line_table(two, "damping")}
-    same = pd.DataFrame([{"λ": value} | ratio_row(two[value], one[value]) for value in LAMBDAS])
-    arms = {f"one level, λ {value:g}": one[value] for value in LAMBDAS}
-    arms |= {f"two levels, λ {value:g}": two[value] for value in LAMBDAS}
-    baseline = [f"two levels, λ {PAPER['damping']:g}"]
+    for clipping, lines in WEIGHTS.items():
+        arms = {}
+        for name, line in lines.items():
+            own = study.arms(line)
+            weights[f"{name}, {clipping}"] = line_table(own, "weight")
+            arms |= {f"{name}, weight {w:g}" if w else ONE_LEVEL: curves for w, curves in own.items()}
+            shown[f"{name}, {clipping}"] = own[1.0]
+        parts += [f"**KL clipping: {clipping}**", arm_markdown(arm_table(arms, [ONE_LEVEL]), [ONE_LEVEL])]
+    levels = {name: study.arms(line) for name, line in LAMBDAS.items()}
+    lambdas = {name: line_table(line, "damping") for name, line in levels.items()}
+    one, two = levels.values()
+    same = pd.DataFrame([{"λ": value} | ratio_row(two[value], one[value]) for value in one])
+    arms = {f"{name}, λ {value:g}": curves for name, line in levels.items() for value, curves in line.items()}
+    baseline = [f"two levels, λ {LAMBDA:g}"]
     parts += ["**Another λ, for the blocks and the coarse space alike**"]
     parts += [ratio_markdown(same, {"λ": "λ of both"}, ("two levels", "one level"))]
     parts += [arm_markdown(arm_table(arms, baseline), baseline), goal_markdown(goal_table(arms))]
@@ -109,17 +103,11 @@ def damping(study: Study) -> Answer:
 
 
 def equal_tuning(study: Study) -> Answer:
-    trainings = study.trainings
-    settings = {
-        "one level, μ 0.9": BEST_ONE | ONE,
-        "two levels, μ 0": BEST_ONE | TWO | {"momentum": 0.0},
-        "two levels, μ 0.9": BEST_ONE | TWO,
-    }
-    lines = {name: _line(trainings, own, "lr", RATES) for name, own in settings.items()}
+    lines = {name: study.arms(line) for name, line in RATES.items()}
     tables = {name: line_table(line, "lr") for name, line in lines.items()}
     best = {name: best_of(line, range(5)) for name, line in lines.items()}
     arms = {f"{name}, η {best[name]:g}": lines[name][best[name]] for name in lines}
-    variants = _variants(trainings, BEST_ONE, CONTROLS | BASES | TIMES)
+    variants = study.arms(TUNED_VARIANTS)
     baselines = [ONE_LEVEL, FULL]
     parts = [
         f"{RULE} λ 1e-3 and κ 1e-2, the grid's winners for both; μ 0.9 is its winner for one level, μ 0 for two.",
@@ -129,7 +117,7 @@ def equal_tuning(study: Study) -> Answer:
         "which had no part in any choice.",
         _best_pairs(arms),
         goal_markdown(goal_table(arms)),
-        *_best_of_everything(trainings, lines),
+        *_best_of_everything(study, lines),
         "The variants of questions 1, 2 and 4 at the settings that won the grid for one level, η 1e-2 and μ 0.9:",
         arm_markdown(arm_table(variants, baselines), baselines),
     ]
@@ -137,18 +125,16 @@ def equal_tuning(study: Study) -> Answer:
 
 
 def depth(study: Study) -> Answer:
-    trainings = study.trainings
-    short = PAPER | {"epochs": 40, "seeds": FIVE}
-    rows = []
-    for name, net in NETS.items():
-        for deep in DEPTHS[net["batch_norm"]]:
-            one, two = (choose(trainings, **short | net | levels | {"depth": deep}) for levels in (ONE, TWO))
-            rows.append({"net": name, "depth": deep} | ratio_row(two, one))
-    for deep in DEPTHS[True]:
-        two = choose(trainings, **short | TWO | {"depth": deep})
-        weak = choose(trainings, **short | ONE | {"depth": deep, "damping": WEAK_LAMBDA})
-        name = f"{next(iter(NETS))}; one level at λ {WEAK_LAMBDA:g}"
-        rows.append({"net": name, "depth": deep} | ratio_row(two, weak))
+    rows = [
+        {"net": net, "depth": deep} | ratio_row(study.curves(two), study.curves(one))
+        for net, depths in DEPTHS.items()
+        for deep, (one, two) in depths.items()
+    ]
+    net = next(iter(DEPTHS))
+    for deep, weak in WEAKLY_DAMPED.items():
+        _, two = DEPTHS[net][deep]
+        row = ratio_row(study.curves(two), study.curves(weak))
+        rows.append({"net": f"{net}; one level at λ {WEAK_LAMBDA:g}", "depth": deep} | row)
     table = pd.DataFrame(rows)
     text = ratio_markdown(table, {"net": "net", "depth": "depth"}, ("two levels", "one level"))
     return Answer(f"{RULE} 40 epochs, 5 seeds.\n\n{text}", depth_figure(table))
@@ -160,17 +146,21 @@ def microscope(study: Study) -> Answer:
         f"iterations: on F_λ x = g to a residual of 1e-6, infinite if {PCG_LIMIT} do not suffice. Errors and "
         "iterations are medians over seeds, the others means with 95% Student-t intervals."
     ]
-    tables = {trained: _measured(study, group) for trained, group in MEASURED.items()}
+    names = ("directions", "coarse", "spectrum")
+    tables = {
+        trained: {name: study.measurement("microscope", arm.group, name) for name in names}
+        for trained, arm in MICROSCOPE.items()
+    }
     for trained, own in tables.items():
         parts += _microscope_parts(own, trained)
     shown = tables["one level"]
-    title, damping = f"{MLP}, trained by one level", PAPER["damping"]
-    figure = microscope_figure(direction_table(shown["directions"]), shown["spectrum"], title, 5, damping)
+    title = f"{MLP}, trained by one level"
+    figure = microscope_figure(direction_table(shown["directions"]), shown["spectrum"], title, 5, LAMBDA)
     return Answer("\n\n".join(parts), figure)
 
 
 def convolutions(study: Study) -> Answer:
-    coarse = study.measurement("coarse_matrix", CONVOLUTIONS, "coarse")
+    coarse = study.measurement("coarse_matrix", CONVOLUTIONS.group, "coarse")
     numbers = {
         "normalised_off_diagonal": "off-diagonal share, normalised",
         "off_diagonal": "off-diagonal share",
@@ -206,11 +196,6 @@ QUESTIONS = (
 )
 
 
-def _measured(study: Study, group: str) -> dict[str, pd.DataFrame]:
-    names = ("directions", "coarse", "spectrum")
-    return {name: study.measurement("microscope", group, name) for name in names}
-
-
 def _microscope_parts(tables: Mapping[str, pd.DataFrame], trained: str) -> list[str]:
     directions, coarse = tables["directions"], tables["coarse"]
     table = direction_table(directions)
@@ -227,19 +212,7 @@ def _microscope_parts(tables: Mapping[str, pd.DataFrame], trained: str) -> list[
         "Coarse matrices, medians over seeds:",
         coarse_markdown(coarse, ["statistics", "epoch"], numbers),
     ]
-    return [*parts, spectrum_markdown(tables["spectrum"], PAPER["damping"])]
-
-
-def _variants(trainings: pd.DataFrame, settings: dict[str, Any], variants: Mapping[str, str]) -> Arms:
-    """One level and the named variants at the same settings."""
-    own = {name: choose(trainings, **settings | VARIANT, coarse=coarse) for name, coarse in variants.items()}
-    return {ONE_LEVEL: choose(trainings, **settings | ONE)} | own
-
-
-def _line(
-    trainings: pd.DataFrame, settings: dict[str, Any], x: str, values: Iterable[float]
-) -> dict[float, pd.DataFrame]:
-    return {value: choose(trainings, **settings | {x: value}) for value in values}
+    return [*parts, spectrum_markdown(tables["spectrum"], LAMBDA)]
 
 
 def _arms_answer(arms: Arms) -> Answer:
@@ -248,19 +221,13 @@ def _arms_answer(arms: Arms) -> Answer:
     return Answer(text, arms_figure(arms, f"{MLP}, the paper's settings"))
 
 
-def _best_of_everything(
-    trainings: pd.DataFrame, lines: Mapping[str, Mapping[float, pd.DataFrame]]
-) -> list[str]:
+def _best_of_everything(study: Study, lines: Mapping[str, Mapping[float, pd.DataFrame]]) -> list[str]:
     """Each level's best when λ may go below the paper's grid."""
     arms = {}
-    for name, levels, of_grid in (
-        ("one level", ONE, ("one level, μ 0.9",)),
-        ("two levels", TWO, ("two levels, μ 0", "two levels, μ 0.9")),
-    ):
-        tried = {f"{line}, η {lr:g}, λ 0.001": lines[line][lr] for line in of_grid for lr in RATES}
-        for value, rates in LAMBDAS.items():
-            own = _line(trainings, PAPER | levels | {"damping": value}, "lr", rates)
-            tried |= {f"{name}, η {lr:g}, λ {value:g}": curves for lr, curves in own.items()}
+    for name, own in BELOW_THE_GRID.items():
+        of_grid = {line: curves for line, curves in lines.items() if line.startswith(name)}
+        tried = {f"{line}, η {lr:g}, λ 0.001": arm for line in of_grid for lr, arm in of_grid[line].items()}
+        tried |= {f"{name}, η {lr:g}, λ {value:g}": arm for (value, lr), arm in study.arms(own).items()}
         best = best_of(tried, range(5))
         arms[f"{best}, best of {len(tried)}"] = tried[best]
     return [
