@@ -38,6 +38,7 @@ from experiments.figures.study.question_figures import (
     tuning_figure,
 )
 from experiments.figures.study.records import Study
+from experiments.records import PCG_LIMIT
 from experiments.study.arms import (
     BELOW_THE_GRID,
     CONVOLUTIONS,
@@ -56,7 +57,6 @@ from experiments.study.arms import (
     WEAKLY_DAMPED,
     WEIGHTS,
 )
-from experiments.records import PCG_LIMIT
 
 LAMBDA = PAPER["optimizer.damping"]
 
