@@ -69,10 +69,8 @@ def train(
                 continue
             with attempt(directory):
                 train_record(config, directory, report, deadline)
-        is_complete = directory.is_complete()
-        print(
-            f"{directory.path}: {'complete' if is_complete else 'goes on with the same command'}", flush=True
-        )
+        outcome = "complete" if directory.is_complete() else "goes on with the same command"
+        print(f"{directory.path}: {outcome}{report.note and f', {report.note}'}", flush=True)
 
 
 def train_record(config: DictConfig, directory: RunDirectory, report: Report, deadline: float) -> None:

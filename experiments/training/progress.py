@@ -56,6 +56,11 @@ class Report:
         self._state = self._state._replace(first=first, epoch=epoch, epochs=epochs, note=note)
         self._tell()
 
+    @property
+    def note(self) -> str:
+        """What was told last, such as the losses."""
+        return self._state.note
+
     def __exit__(self, error: object, *_: object) -> None:
         self._state = self._state._replace(ended=True)
         if error is None or self._state.epochs:  # what fails before it begins has nothing to say
