@@ -24,7 +24,7 @@ from experiments.figures.grid import (
     grid_table,
     is_decided,
     winners,
-    winners_frame,
+    winning_runs,
 )
 from experiments.figures.style import OPTIMIZERS
 from experiments.identity import identity, run_path
@@ -65,7 +65,7 @@ def summarize(grid: Grid, overrides: Sequence[str], arguments: argparse.Namespac
     problem, runs = config.problem.name, Path(config.runs)
     name = config.sweep.name if config.sweep else "sweep"
     table = grid_table(runs, problem, grid.points)
-    best = winners_frame(runs, problem, table) if winners(table) else None
+    best = winning_runs(runs, problem, table) if winners(table) else None
     text = grid_markdown(f"{name}: {problem}", table, best)
     print(text)
     for path in write_tables(arguments.output or runs / problem, name, table, text):

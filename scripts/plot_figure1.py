@@ -6,8 +6,6 @@ Left the deep linear MLP, compared with the committed records; right the ResNet,
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
-
 from experiments.figures import (
     NoRecordsError,
     Panel,
@@ -15,11 +13,12 @@ from experiments.figures import (
     figure1,
     figure1_seconds,
     final_markdown,
-    load_records,
+    load_runs,
     save_figure,
     summarize,
 )
 from experiments.figures.arguments import add_resnet_arguments, plot_arguments, read_records, read_resnet
+from experiments.figures.curves import Runs
 
 PROBLEM = "deep_linear_mlp"
 TITLE = "64-layer linear MLP"
@@ -29,12 +28,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = plot_arguments(__doc__)
     add_resnet_arguments(parser)
     arguments = parser.parse_args(argv)
-    frame = read_records(arguments, PROBLEM)
+    runs = read_records(arguments, PROBLEM)
     is_reference = arguments.reference.resolve() == arguments.records.resolve()
     reference = None if is_reference else read_reference(arguments.reference)
 
-    panels = [Panel(TITLE, frame)]
-    markdown = f"## {TITLE}\n\n{summarize(frame, reference, is_reference=is_reference).markdown}"
+    panels = [Panel(TITLE, runs)]
+    markdown = f"## {TITLE}\n\n{summarize(runs, reference, is_reference=is_reference).markdown}"
     try:
         resnet, controls = read_resnet(arguments)
         panels.append(resnet)
@@ -50,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("wrote", ", ".join(str(path) for path in [*paths, table]))
 
 
-def read_reference(reference: Path) -> pd.DataFrame | None:
+def read_reference(reference: Path) -> Runs | None:
     """The committed records; None if there are none."""
     try:
-        return load_records(reference, PROBLEM)
+        return load_runs(reference, PROBLEM)
     except NoRecordsError:
         return None
     except RecordError as error:

@@ -8,8 +8,8 @@ from experiments.figures.arguments import plot_arguments, read_records
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = plot_arguments(__doc__).parse_args(argv)
-    frame = read_records(arguments, "deep_linear_mlp")
-    panel = Panel("64-layer linear MLP", frame)
+    runs = read_records(arguments, "deep_linear_mlp")
+    panel = Panel("64-layer linear MLP", runs)
     paths = save_figure(accuracy_figure(panel), arguments.output, "figure2")
     print("wrote", ", ".join(str(path) for path in paths))
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.figures import NoRecordsError, Panel, RecordError, figure1, load_records, save_figure
-from experiments.figures.grid import read_grid_table, winners_frame
+from experiments.figures import NoRecordsError, Panel, RecordError, figure1, load_runs, save_figure
+from experiments.figures.grid import read_grid_table, winning_runs
 from experiments.figures.sensitivity import sensitivity_figure
 
 TITLES = {"deep_linear_mlp": "64-layer linear MLP"}
@@ -25,12 +25,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = read_table(arguments.records / problem / f"{sweep}.csv")
     title = TITLES.get(problem) or problem
     try:
-        best = Panel(f"{title}, best of the grid", winners_frame(arguments.records, problem, table))
+        best = Panel(f"{title}, best of the grid", winning_runs(arguments.records, problem, table))
     except RecordError as error:
         raise SystemExit(f"error: {error}") from None
     panels = [best]
     try:
-        panels.insert(0, Panel(f"{title}, the paper's settings", load_records(arguments.records, problem)))
+        panels.insert(0, Panel(f"{title}, the paper's settings", load_runs(arguments.records, problem)))
     except NoRecordsError as error:
         print(f"without the paper's settings: {error}")
     except RecordError as error:

@@ -1,6 +1,8 @@
 """Imports go down only: entry points → training, problems, study, figures → records; experiments → kfac2."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,10 @@ ALLOWED = {
     "experiments.study": {"experiments.records", "kfac2.curvature", "kfac2.nn", "kfac2.optim"},
 }
 ENTRY_POINTS = sorted(f"experiments/{path.name}" for path in (ROOT / "experiments").glob("*.py"))
+LIBRARIES = {
+    "experiments.records": {"numpy", "pandas"},
+    "experiments.figures": {"matplotlib", "numpy", "pandas", "scipy"},
+}
 HOMES = {
     "hydra": ENTRY_POINTS,
     "omegaconf": ENTRY_POINTS,
@@ -83,6 +89,16 @@ def test_nothing_imports_the_entry_points() -> None:
 def test_the_optimizer_knows_no_experiment() -> None:
     for path in sources("kfac2"):
         assert "experiments" not in {name.split(".")[0] for name in imports_of(path)}, path
+
+
+@pytest.mark.parametrize("room", LIBRARIES)
+def test_records_and_figures_do_without_torch(room: str) -> None:
+    known = LIBRARIES[room] | {"experiments"} | set(sys.stdlib_module_names)
+    for path in files_of(room):
+        assert {name.split(".")[0] for name in imports_of(path)} <= known, path
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files_of(room)]
+    command = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("library", HOMES)

@@ -1,7 +1,15 @@
-"""Figures and tables from the records of training: DataFrame in, Figure out."""
+"""Figures and tables from the records of training: runs in, Figure out."""
 
 from experiments.figures.curves import accuracy_against_epochs, loss_against_epochs, loss_against_seconds
-from experiments.figures.figures import Panel, accuracy_figure, figure1, figure1_seconds, save_figure
+from experiments.figures.figures import (
+    Panel,
+    accuracy_figure,
+    figure1,
+    figure1_seconds,
+    panels,
+    save_figure,
+    set_title,
+)
 from experiments.figures.finals import final_markdown, final_table, order_table
 from experiments.figures.grid import (
     Point,
@@ -10,20 +18,17 @@ from experiments.figures.grid import (
     grid_table,
     read_grid_table,
     winners,
-    winners_frame,
+    winning_runs,
 )
-from experiments.figures.long_table import by_optimizer, load_records
 from experiments.figures.sensitivity import sensitivity_figure
 from experiments.figures.statistics import (
-    final_losses,
     paired_difference,
     paired_ratio,
     seed_interval,
     seed_median,
-    seed_table,
 )
 from experiments.figures.summary import Summary, summarize
-from experiments.records import NoRecordsError, Record, RecordError, load_record
+from experiments.records import NoRecordsError, Record, RecordError, Run, load_record, load_runs
 
 __all__ = [
     "NoRecordsError",
@@ -31,32 +36,32 @@ __all__ = [
     "Point",
     "Record",
     "RecordError",
+    "Run",
     "Summary",
     "Winner",
     "accuracy_against_epochs",
     "accuracy_figure",
-    "by_optimizer",
     "figure1",
     "figure1_seconds",
-    "final_losses",
     "final_markdown",
     "final_table",
     "grid_markdown",
     "grid_table",
     "load_record",
-    "load_records",
+    "load_runs",
     "loss_against_epochs",
     "loss_against_seconds",
     "order_table",
     "paired_difference",
     "paired_ratio",
+    "panels",
     "read_grid_table",
     "save_figure",
     "seed_interval",
     "seed_median",
-    "seed_table",
     "sensitivity_figure",
+    "set_title",
     "summarize",
     "winners",
-    "winners_frame",
+    "winning_runs",
 ]

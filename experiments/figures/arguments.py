@@ -3,12 +3,10 @@
 import argparse
 from pathlib import Path
 
-import pandas as pd
-
+from experiments.figures.curves import Runs
 from experiments.figures.figures import Panel
-from experiments.figures.long_table import load_records
 from experiments.figures.scales import SCALES, find_resnet
-from experiments.records import NoRecordsError, RecordError
+from experiments.records import PAPER, NoRecordsError, RecordError, load_runs
 
 CONTROL = "batch_size=128"  # SGD and Adam at the K-FACs' batch: in the table, not in the figure
 
@@ -20,7 +18,7 @@ def plot_arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default="figures", help="directory of the figures")
     parser.add_argument(
         "--variant",
-        default="paper",
+        default=PAPER,
         help="which settings to draw: 'paper' or overrides such as 'lr=0.01' (default: paper)",
     )
     parser.add_argument(
@@ -42,10 +40,10 @@ def add_resnet_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_records(arguments: argparse.Namespace, problem: str) -> pd.DataFrame:
+def read_records(arguments: argparse.Namespace, problem: str) -> Runs:
     """The records the arguments ask for; exits with a message if there are none to draw."""
     try:
-        return load_records(
+        return load_runs(
             arguments.records,
             problem,
             variant=arguments.variant,
@@ -55,17 +53,17 @@ def read_records(arguments: argparse.Namespace, problem: str) -> pd.DataFrame:
         raise SystemExit(f"error: {error}") from None
 
 
-def read_resnet(arguments: argparse.Namespace) -> tuple[Panel, pd.DataFrame | None]:
+def read_resnet(arguments: argparse.Namespace) -> tuple[Panel, Runs | None]:
     """The ResNet's panel, and its controls if there are any.
 
     Raises:
         NoRecordsError: there is none to draw, here or committed.
     """
 
-    def read(root: Path, problem: str) -> pd.DataFrame:
+    def read(root: Path, problem: str) -> Runs:
         if root != arguments.records:
-            return load_records(root, problem)
-        return load_records(
+            return load_runs(root, problem)
+        return load_runs(
             root, problem, variant=arguments.variant, allow_incomplete=arguments.allow_incomplete
         )
 
@@ -80,11 +78,11 @@ def read_resnet(arguments: argparse.Namespace) -> tuple[Panel, pd.DataFrame | No
     if (found.root, found.scale.problem) != (arguments.records, wanted):
         print(f"{wanted}: nothing to draw in {arguments.records}; drawn: {found.root / found.scale.problem}")
     note = "" if found.root == arguments.records else "committed records"
-    return Panel(found.scale.title, found.frame, note), controls
+    return Panel(found.scale.title, found.runs, note), controls
 
 
-def _read_controls(root: Path, problem: str) -> pd.DataFrame | None:
+def _read_controls(root: Path, problem: str) -> Runs | None:
     try:
-        return load_records(root, problem, variant=CONTROL)
+        return load_runs(root, problem, variant=CONTROL)
     except NoRecordsError:
         return None

@@ -9,16 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from experiments.figures.long_table import load_records, record_labels
-from experiments.figures.markdown import markdown_table, mean_with_interval, number, plain
+from experiments.figures.curves import Runs
+from experiments.figures.markdown import Cell, Columns, column, interval, markdown_table, paragraphs, plain
 from experiments.figures.statistics import (
-    final_losses,
     final_summary,
     paired_difference,
     seed_interval,
 )
 from experiments.figures.style import optimizer_styles
-from experiments.records import FINAL_EPOCHS, NoRecordsError, RecordError
+from experiments.records import FINAL_EPOCHS, NoRecordsError, RecordError, Run, load_runs
 from experiments.records.files import (
     FAILURE,
     PROVENANCE,
@@ -37,6 +36,13 @@ RULE = (
     "first of the grid. The mean and its 95% Student-t interval leave diverged seeds out, and decide nothing. Winners "
     "are chosen and compared on the same seeds, which flatters them, the more the larger their grid."
 )
+
+
+LOSSES: Columns = [
+    ("median", column("median", "{:.4f}")),
+    ("mean [95% interval]", interval("mean", prefix="")),
+    ("diverged", lambda row: column("diverged", f"{{:.0f}} of {row.get('seeds')}")(row)),
+]
 
 
 class Point(NamedTuple):
@@ -67,7 +73,7 @@ def grid_table(root: str | Path, problem: str, points: Sequence[Point]) -> pd.Da
     ``variant`` and the records' ``label``. Numbers are NaN unless the status is complete.
 
     Raises:
-        RecordError: a record is damaged, see ``load_records``, or has other settings than the point.
+        RecordError: a record is damaged, see ``load_runs``, or has other settings than the point.
     """
     rows = [_row(Path(root), problem, point) for point in points]
     table = pd.DataFrame(rows).reset_index(names="place")
@@ -113,8 +119,8 @@ def is_decided(table: pd.DataFrame, optimizer: str) -> bool:
     return all(status == COMPLETE or status.startswith("failed") for status in statuses)
 
 
-def winners_frame(root: str | Path, problem: str, table: pd.DataFrame) -> pd.DataFrame:
-    """The records of the winners as one long table, as ``load_records`` returns it.
+def winning_runs(root: str | Path, problem: str, table: pd.DataFrame) -> dict[str, Run]:
+    """The winners' runs by optimizer.
 
     Raises:
         NoRecordsError: there is no winner.
@@ -122,28 +128,35 @@ def winners_frame(root: str | Path, problem: str, table: pd.DataFrame) -> pd.Dat
     best = winners(table)
     if not best:
         raise NoRecordsError(f"no configuration of the grid has a finite loss in {Path(root) / problem}")
-    return pd.concat(
-        [
-            load_records(root, problem, optimizer=name, variant=winner.variant)
-            for name, winner in best.items()
-        ],
-        ignore_index=True,
+    runs: dict[str, Run] = {}
+    for name, winner in best.items():
+        runs |= load_runs(root, problem, optimizer=name, variant=winner.variant)
+    return runs
+
+
+def grid_markdown(title: str, table: pd.DataFrame, best: Runs | None) -> str:
+    """The table as text, an optimizer at a time, the winners, and these paired with each other.
+
+    ``best``: the winners' runs (``winning_runs``), None if there are none.
+    """
+    labels = {name: style.label for name, style in optimizer_styles(table["optimizer"]).items()}
+    return paragraphs(
+        f"## {title}",
+        *(f"**{label}**" for label in labels_of(table)),
+        RULE,
+        _winner_text(table, labels),
+        _pairs_text(best or {}, labels),
+        *(
+            text
+            for name, label in labels.items()
+            for text in (f"### {label}", _optimizer_text(table.loc[table["optimizer"] == name]))
+        ),
     )
 
 
-def grid_markdown(title: str, table: pd.DataFrame, best: pd.DataFrame | None) -> str:
-    """The table as text, an optimizer at a time, the winners, and these paired with each other.
-
-    ``best``: the winners' records (``winners_frame``), None if there are none.
-    """
-    labels = {name: style.label for name, style in optimizer_styles(table["optimizer"]).items()}
-    found = record_labels(table)
-    paragraphs = [f"## {title}", *(f"**{label}**" for label in found), RULE, _winner_text(table, labels)]
-    if best is not None:
-        paragraphs.append(_pairs_text(best, labels))
-    for name, label in labels.items():
-        paragraphs += [f"### {label}", _optimizer_text(table.loc[table["optimizer"] == name])]
-    return "\n\n".join(filter(None, paragraphs)) + "\n"
+def labels_of(table: pd.DataFrame) -> list[str]:
+    """What must be said of the rows' records wherever they are shown."""
+    return sorted(set(table["label"]) - {""})
 
 
 def _row(root: Path, problem: str, point: Point) -> dict[str, Any]:
@@ -154,14 +167,13 @@ def _row(root: Path, problem: str, point: Point) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # unfinished records: the status says so
-            frame = load_records(root, problem, optimizer=point.optimizer, variant=point.variant)
+            runs = load_runs(root, problem, optimizer=point.optimizer, variant=point.variant)
     except NoRecordsError:
         return row | _no_numbers(_what_is_there(home, "missing"))
-    frame = frame.loc[frame["seed"].isin(point.seeds)]
-    if len(set(frame["seed"])) < len(point.seeds):
+    run = runs[point.optimizer].of_seeds(point.seeds)
+    if len(run.seeds) < len(point.seeds):
         return row | _no_numbers(_what_is_there(home, "incomplete"))
-    label = " / ".join(record_labels(frame))
-    return row | _numbers(final_losses(frame)) | {"status": COMPLETE, "label": label}
+    return row | _numbers(run.final_losses()) | {"status": COMPLETE, "label": " / ".join(run.labels)}
 
 
 def _check_settings(home: Path, point: Point) -> None:
@@ -199,51 +211,48 @@ def _winner_text(table: pd.DataFrame, labels: dict[str, str]) -> str:
     rows = []
     for name, label in labels.items():
         statuses = list(table.loc[table["optimizer"] == name, "status"])
-        progress = f"{statuses.count(COMPLETE)} of {len(statuses)}"
-        if name not in best:
-            rows.append((label, "none", "-", "-", "-", progress))
-            continue
-        row = best[name].row
-        settings = _settings_text(row, table) + ("" if is_decided(table, name) else " (so far)")
-        rows.append((label, settings, *_cells(row), progress))
-    header = ("optimizer", "winner", "median", "mean [95% interval]", "diverged", "configurations trained")
-    return markdown_table(header, rows)
+        row = {"label": label, "progress": f"{statuses.count(COMPLETE)} of {len(statuses)}", "winner": "none"}
+        if name in best:
+            found = best[name].row
+            so_far = "" if is_decided(table, name) else " (so far)"
+            row |= found | {"label": label, "winner": _settings_text(found, table) + so_far}
+        rows.append(row)
+    columns = [("optimizer", column("label")), ("winner", column("winner")), *LOSSES]
+    return markdown_table(rows, [*columns, ("configurations trained", column("progress"))])
 
 
-def _pairs_text(best: pd.DataFrame, labels: dict[str, str]) -> str:
+def _pairs_text(best: Runs, labels: dict[str, str]) -> str:
     """The winners' final losses against each other."""
-    losses = {str(name): final_losses(curves) for name, curves in best.groupby("optimizer", sort=False)}
-    rows = []
-    for second, first in combinations([name for name in labels if name in losses], 2):
-        pair = paired_difference(losses[first], losses[second])
-        difference = mean_with_interval(pair["difference"], pair["low"], pair["high"])
-        rows.append((f"{labels[first]} - {labels[second]}", difference, str(pair["seeds"])))
-    if not rows:
-        return ""
-    header = ("winners", "mean difference of the final losses, paired by seed [95% interval]", "shared seeds")
-    return markdown_table(header, rows)
+    losses = {name: best[name].final_losses() for name in labels if name in best}
+    rows = [
+        {"pair": f"{labels[first]} - {labels[second]}"} | paired_difference(losses[first], losses[second])
+        for second, first in combinations(losses, 2)
+    ]
+    difference = "mean difference of the final losses, paired by seed [95% interval]"
+    columns = [
+        ("winners", column("pair")),
+        (difference, interval("difference", prefix="")),
+        ("shared seeds", column("seeds")),
+    ]
+    return markdown_table(rows, columns) if rows else ""
 
 
 def _optimizer_text(own: pd.DataFrame) -> str:
-    settings = [name for name in _setting_names(own) if not all(own[name].isna())]
-    header = (*settings, "median", "mean [95% interval]", "diverged", "status")
-    rows = [
-        (*(plain(row[name]) for name in settings), *_cells(row), row["status"].replace("|", "\\|"))
-        for row in own.to_dict("records")
-    ]
-    return markdown_table(header, rows)
+    settings = [name for name in setting_names(own) if not all(own[name].isna())]
+    columns = [*((name, _setting(name)) for name in settings), *LOSSES]
+    status = ("status", lambda row: row["status"].replace("|", "\\|"))
+    return markdown_table(own.to_dict("records"), [*columns, status])
 
 
-def _cells(row: dict[Any, Any]) -> tuple[str, str, str]:
-    interval = mean_with_interval(row["mean"], row["low"], row["high"])
-    diverged = "-" if np.isnan(row["diverged"]) else f"{row['diverged']:.0f} of {row['seeds']}"
-    return number(row["median"]), interval, diverged
+def _setting(name: str) -> Cell:
+    return lambda row: plain(row[name])
 
 
-def _setting_names(table: pd.DataFrame) -> list[str]:
+def setting_names(table: pd.DataFrame) -> list[str]:
+    """The swept settings' columns."""
     columns = list(table.columns)
     return columns[1 : columns.index("seeds")]
 
 
 def _settings_text(row: dict[str, Any], table: pd.DataFrame) -> str:
-    return ", ".join(f"{name} {plain(row[name])}" for name in _setting_names(table) if pd.notna(row[name]))
+    return ", ".join(f"{name} {plain(row[name])}" for name in setting_names(table) if pd.notna(row[name]))

@@ -5,8 +5,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
-
+from experiments.figures.curves import Runs
 from experiments.figures.style import OPTIMIZERS
 from experiments.records import NoRecordsError
 
@@ -24,22 +23,22 @@ SCALES = {  # largest first
     "reduced": Scale("resnet110_cifar10_reduced", "ResNet110 / CIFAR10", 3),
     "preview": Scale("resnet20_cifar10_preview", "ResNet20 / CIFAR10", 5),
 }
-Read = Callable[[Path, str], pd.DataFrame]
+Read = Callable[[Path, str], Runs]
 
 
 class Found(NamedTuple):
-    """Records of the ResNet: the directory ``root`` that they were found in, scale and long table."""
+    """The ResNet's ``runs`` by optimizer: the directory ``root`` that they were found in, and their scale."""
 
     root: Path
     scale: Scale
-    frame: pd.DataFrame
+    runs: Runs
 
 
 def find_resnet(read: Read, records: Path, reference: Path, scale: str | None = None) -> Found:
     """The records of the ResNet to draw.
 
     Args:
-        read: ``read(root, problem)`` returns a long table or raises ``NoRecordsError``.
+        read: ``read(root, problem)`` returns runs or raises ``NoRecordsError``.
         records: the directory to look in first.
         reference: the directory to look in where ``records`` has none.
         scale: the wanted one of ``SCALES``. Where neither directory has it, and for None: the largest
@@ -50,11 +49,11 @@ def find_resnet(read: Read, records: Path, reference: Path, scale: str | None = 
     """
     for root, name, needs_all in _places(records, reference, scale):
         try:
-            frame = read(root, SCALES[name].problem)
+            runs = read(root, SCALES[name].problem)
         except NoRecordsError:
             continue
-        if not needs_all or set(OPTIMIZERS) <= set(frame["optimizer"]):
-            return Found(root, SCALES[name], frame)
+        if not needs_all or set(OPTIMIZERS) <= set(runs):
+            return Found(root, SCALES[name], runs)
     wanted = SCALES[scale or "preview"]
     return Found(records, wanted, read(records, wanted.problem))  # raises, and says how to make them
 

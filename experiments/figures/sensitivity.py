@@ -2,19 +2,18 @@
 
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.figures.curves import PlainLogFormatter, add_legend
-from experiments.figures.figures import set_title
-from experiments.figures.long_table import record_labels
-from experiments.figures.style import PANEL_SIZE, RC, Style, optimizer_styles
+from experiments.figures.curves import add_legend, plain_log
+from experiments.figures.figures import panels, set_title
+from experiments.figures.grid import labels_of, setting_names
+from experiments.figures.style import Style, optimizer_styles
+from experiments.records import PAPER
 
 SIDE_STEP = 1.04  # so that the bars of two optimizers at one learning rate do not hide each other
-AT_PAPER = r"(paper|lr=[^,]*)"  # variants that differ from the paper's settings in the learning rate at most
 
 
 def best_of_each_rate(table: pd.DataFrame) -> pd.DataFrame:
@@ -26,8 +25,14 @@ def best_of_each_rate(table: pd.DataFrame) -> pd.DataFrame:
 
 def at_paper_settings(table: pd.DataFrame) -> pd.DataFrame:
     """Of ``grid_table``'s rows those whose settings other than the learning rate are the paper's."""
-    known = table.dropna(subset="median")
-    rows = known.loc[known["variant"].str.fullmatch(AT_PAPER)]
+    others = [name for name in setting_names(table) if name != "lr"]
+    settings = (
+        table[["optimizer", *others]].astype(object).fillna("none")
+    )  # an optimizer that has no such setting
+    paper = set(settings.loc[table["variant"] == PAPER].itertuples(index=False, name=None))
+    rows = table.loc[[row in paper for row in settings.itertuples(index=False, name=None)]].dropna(
+        subset="median"
+    )
     return rows.sort_values(["optimizer", "lr"], ignore_index=True)
 
 
@@ -44,21 +49,18 @@ def sensitivity_figure(table: pd.DataFrame, title: str) -> Figure:
     """
     if not np.isfinite(table["median"].astype(float)).any():
         raise ValueError("no configuration has a finite median to draw")
-    panels = {
+    shown = {
         "other settings: best of the grid": best_of_each_rate(table),
         "other settings: the paper's": at_paper_settings(table),
     }
-    panels = {name: rows for name, rows in panels.items() if not rows.empty}
+    shown = {name: rows for name, rows in shown.items() if not rows.empty}
     styles = optimizer_styles(table["optimizer"])
     absent = sum(map(np.isnan, table["median"]))
     untrained = f"{absent} of {len(table)} configurations not trained" if absent else ""
-    width, height = PANEL_SIZE
-    with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(len(panels) * width, height), layout="constrained")
-        row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axes, (name, rows) in zip(row, panels.items(), strict=True):
+    with panels(1, len(shown), sharey=True) as (figure, (row,)):
+        for axes, (name, rows) in zip(row, shown.items(), strict=True):
             _draw(axes, rows, styles)
-            set_title(axes, title, name, *record_labels(rows), untrained)
+            set_title(axes, title, name, *labels_of(rows), untrained)
         row[0].set_ylabel("final training loss")
         row[-1].tick_params(labelleft=True)
     return figure
@@ -87,9 +89,7 @@ def _draw(axes: Axes, rows: pd.DataFrame, styles: dict[str, Style]) -> None:
             x, median, [median - low, high - median], label=label, capsize=2, elinewidth=0.7, **look
         )
     axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(PlainLogFormatter())
-    axes.yaxis.set_minor_formatter(PlainLogFormatter())
+    plain_log(axes, "y")
     axes.set_xlabel("learning rate η")
     seeds = " or ".join(str(count) for count in sorted(set(rows["seeds"])))
     columns = 2 if set(rows["diverged"]) <= {0} else 1

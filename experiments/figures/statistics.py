@@ -1,26 +1,16 @@
 """Statistics over seeds, some of which may have diverged: mean with Student-t interval, median."""
 
 import math
+import sys
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from experiments.records import FINAL_EPOCHS
+from experiments.records.runs import finite_so_far
 
+LARGEST_LOG = math.log(sys.float_info.max)
 SLOW_LOSS = 0.6  # nats, of a binary classifier; chance level is log 2 = 0.69
-
-
-def seed_table(curves: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """One record's ``metric`` as a table, epochs by seeds, with NaN from a seed's divergence on.
-
-    A seed has diverged from the first epoch on at which ``metric`` or its training loss is not
-    finite, and stays diverged even if later values are finite: an accuracy computed from NaN
-    outputs is a number, but means nothing.
-    """
-    alive = _finite_so_far(_pivot(curves, "train_loss"))
-    values = _pivot(curves, metric)
-    return values.where(alive & _finite_so_far(values))
 
 
 def seed_interval(table: pd.DataFrame, *, log: bool = False, confidence: float = 0.95) -> pd.DataFrame:
@@ -38,23 +28,20 @@ def seed_interval(table: pd.DataFrame, *, log: bool = False, confidence: float =
         number ``excluded`` so far. One seed has no interval (NaN), no seed no mean.
 
     Raises:
-        ValueError: ``log`` and a value that is not positive.
+        ValueError: ``log`` and a negative value. A value of zero makes the geometric mean zero, without interval.
     """
-    values = table.where(_finite_so_far(table))
+    values = table.where(finite_so_far(table))
     if log:
-        if bool((values <= 0).to_numpy().any()):
+        if bool((values < 0).to_numpy().any()):
             raise ValueError(
                 f"a logarithmic axis needs positive values; the smallest is {values.min().min():g}"
             )
-        values = values.map(math.log)
-    seeds = values.count(axis=1)
-    mean = values.mean(axis=1)
-    quantile = stats.t.ppf(0.5 + confidence / 2, df=seeds - 1)
-    half_width = quantile * values.std(axis=1, ddof=1) / np.sqrt(seeds)
-    interval = pd.DataFrame({"mean": mean, "low": mean - half_width, "high": mean + half_width})
+        values = values.map(_log)
+    interval = _student(values, confidence)
     if log:
-        interval = interval.map(math.exp)
-    return interval.assign(seeds=seeds, excluded=table.shape[1] - seeds)
+        for column in ("mean", "low", "high"):
+            interval[column] = interval[column].map(_exp)
+    return interval.assign(excluded=table.shape[1] - interval["seeds"])
 
 
 def seed_median(table: pd.DataFrame) -> pd.Series:
@@ -62,12 +49,7 @@ def seed_median(table: pd.DataFrame) -> pd.Series:
 
     A diverged seed counts as +inf: a median cannot be improved by seeds that fail.
     """
-    return table.where(_finite_so_far(table)).fillna(np.inf).median(axis=1)
-
-
-def final_losses(curves: pd.DataFrame, epochs: int = FINAL_EPOCHS) -> pd.Series:
-    """The final training loss by seed: the mean over the last ``epochs``; NaN for a diverged seed."""
-    return seed_table(curves, "train_loss").tail(epochs).mean(skipna=False)
+    return table.where(finite_so_far(table)).fillna(np.inf).median(axis=1)
 
 
 def final_summary(losses: pd.Series) -> dict[str, float]:
@@ -87,7 +69,7 @@ def paired_difference(first: pd.Series, second: pd.Series, confidence: float = 0
     Returns: ``difference`` with its Student-t interval ``low``, ``high``, and the number of ``seeds``.
     """
     pairs = (first - second).dropna()
-    interval = seed_interval(pairs.to_frame().T, confidence=confidence).iloc[0]
+    interval = _student(pairs.to_frame().T, confidence).iloc[0]
     return {
         "difference": interval["mean"],
         "low": interval["low"],
@@ -104,16 +86,26 @@ def paired_ratio(first: pd.Series, second: pd.Series) -> dict[str, float]:
     Returns: ``ratio`` with its 95% Student-t interval ``low``, ``high``, mapped back from that of the logarithms, and
         the number of ``seeds``, and of those at which first is ``below`` second.
     """
-    pair = paired_difference(first.map(math.log), second.map(math.log))
-    bounds = {bound: math.exp(pair[bound]) for bound in ("low", "high")}
+    pair = paired_difference(first.map(_log), second.map(_log))
+    bounds = {bound: _exp(pair[bound]) for bound in ("low", "high")}
     below = int((first < second).sum())
-    return {"ratio": math.exp(pair["difference"]), **bounds, "seeds": pair["seeds"], "below": below}
+    return {"ratio": _exp(pair["difference"]), **bounds, "seeds": pair["seeds"], "below": below}
 
 
-def _pivot(curves: pd.DataFrame, metric: str) -> pd.DataFrame:
-    return curves.pivot(index="epoch", columns="seed", values=metric).sort_index()
+def _student(values: pd.DataFrame, confidence: float) -> pd.DataFrame:
+    seeds = values.count(axis=1)
+    mean = values.mean(axis=1)
+    quantile = stats.t.ppf(0.5 + confidence / 2, df=seeds - 1)
+    with np.errstate(invalid="ignore"):  # nothing deviates from a mean of -inf by a number
+        half_width = quantile * values.std(axis=1, ddof=1) / np.sqrt(seeds)
+    return pd.DataFrame({"mean": mean, "low": mean - half_width, "high": mean + half_width, "seeds": seeds})
 
 
-def _finite_so_far(table: pd.DataFrame) -> pd.DataFrame:
-    finite = np.logical_and.accumulate(np.isfinite(table.to_numpy(dtype=float)), axis=0)
-    return pd.DataFrame(finite, index=table.index, columns=table.columns)
+def _log(value: float) -> float:
+    """-inf for a loss of exactly zero."""
+    return math.log(value) if value != 0 else -math.inf
+
+
+def _exp(value: float) -> float:
+    """inf for an interval of a few seeds so far apart that its end is no floating-point number."""
+    return math.exp(value) if not value > LARGEST_LOG else math.inf

@@ -2,11 +2,8 @@
 
 from typing import Literal, NamedTuple
 
-import pandas as pd
-
-from experiments.figures.curves import remarks
-from experiments.figures.long_table import by_optimizer
-from experiments.figures.statistics import seed_median, seed_table
+from experiments.figures.curves import Runs
+from experiments.figures.statistics import seed_median
 from experiments.figures.style import OPTIMIZERS
 
 TOLERANCE = 0.2
@@ -33,17 +30,17 @@ class _UndecidedError(Exception):
     """Why a part of the rule has no answer."""
 
 
-def check_rule(frame: pd.DataFrame, reference: pd.DataFrame | None = None) -> list[Check]:
-    """Apply ``RULE`` to the records in ``frame``, one ``Check`` per part.
+def check_rule(runs: Runs, reference: Runs | None = None) -> list[Check]:
+    """Apply ``RULE`` to the runs, one ``Check`` per part.
 
     Args:
-        frame: records of the deep linear MLP, as ``load_records`` returns them.
-        reference: the committed records; None leaves the comparison with them undecided.
+        runs: of the deep linear MLP, by optimizer.
+        reference: the committed ones; None leaves the comparison with them undecided.
     """
     checks = [
-        _check_reference(frame, reference, name, epoch) for name, epochs in EPOCHS.items() for epoch in epochs
+        _check_reference(runs, reference, name, epoch) for name, epochs in EPOCHS.items() for epoch in epochs
     ]
-    return [*checks, _check_gain(frame)]
+    return [*checks, _check_gain(runs)]
 
 
 def verdict(checks: list[Check]) -> str:
@@ -54,10 +51,10 @@ def verdict(checks: list[Check]) -> str:
     return "not decided" if "not decided" in answers else "reproduced"
 
 
-def _check_reference(frame: pd.DataFrame, reference: pd.DataFrame | None, name: str, epoch: int) -> Check:
+def _check_reference(runs: Runs, reference: Runs | None, name: str, epoch: int) -> Check:
     question = f"{OPTIMIZERS[name].label}, epoch {epoch}: within 20% of the committed median"
     try:
-        median = _median(frame, name, epoch)
+        median = _median(runs, name, epoch)
         if reference is None:
             raise _UndecidedError("no committed records to compare with")
         committed = _median(reference, name, epoch, "committed ")
@@ -67,24 +64,22 @@ def _check_reference(frame: pd.DataFrame, reference: pd.DataFrame | None, name: 
     return Check(question, "yes" if close else "no", f"{median:.4f} against {committed:.4f}")
 
 
-def _check_gain(frame: pd.DataFrame) -> Check:
+def _check_gain(runs: Runs) -> Check:
     question = "two-level median at epoch 100 at most 0.8 of the one-level median"
     try:
-        two, one = _median(frame, "two_level_kfac", 100), _median(frame, "kfac", 100)
+        two, one = _median(runs, "two_level_kfac", 100), _median(runs, "kfac", 100)
     except _UndecidedError as reason:
         return Check(question, "not decided", str(reason))
     low = two <= GAIN * one and two < float("inf")
     return Check(question, "yes" if low else "no", f"{two:.4f} against {one:.4f}")
 
 
-def _median(frame: pd.DataFrame, name: str, epoch: int, kind: str = "") -> float:
-    curves = by_optimizer(frame).get(name)
-    label = OPTIMIZERS[name].label
-    if curves is None:
+def _median(runs: Runs, name: str, epoch: int, kind: str = "") -> float:
+    run, label = runs.get(name), OPTIMIZERS[name].label
+    if run is None:
         raise _UndecidedError(f"no {kind}record of {label}")
-    if remark := remarks(curves):
-        raise _UndecidedError(f"{kind}record of {label} is not at the paper's settings: {remark}")
-    epochs = max(curves["epoch"])
-    if epochs < epoch:
-        raise _UndecidedError(f"{kind}run has {epochs} epochs, rule needs {epoch}")
-    return seed_median(seed_table(curves, "train_loss")).to_dict()[epoch]
+    if run.remarks:
+        raise _UndecidedError(f"{kind}record of {label} is not at the paper's settings: {run.remarks}")
+    if run.epochs < epoch:
+        raise _UndecidedError(f"{kind}run has {run.epochs} epochs, rule needs {epoch}")
+    return seed_median(run.table("train_loss")).to_dict()[epoch]

@@ -25,6 +25,11 @@ from experiments.records.record import Record, load_record, shared_settings
 
 FINAL_EPOCHS = 5
 """The final loss is the mean over these last epochs."""
+FAILURES = {
+    "rejected_samples": "curvature samples that were not finite",
+    "failed_inverses": "inverses that could not be computed",
+}
+"""Columns of curves that count from the first step on, and what they count."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +67,6 @@ class Run:
         return [len(record.seeds) for record in self.records]
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """The settings of problem, optimizer and training by their names."""
-        parts = [self.records[0].config(part) for part in PARTS]
-        return {name: value for part in parts for name, value in part.items() if name != "name"}
-
-    @property
     def labels(self) -> list[str]:
         """What must be said of these numbers wherever they are shown, such as that they are a preview."""
         return sorted({record.label for record in self.records} - {""})
@@ -82,13 +81,19 @@ class Run:
         """What the seconds were measured on."""
         return _listed(record.machine for record in self.records)
 
+    @property
+    def failures(self) -> str:
+        """How many curvature samples were rejected and inverses failed, over all seeds; empty if none."""
+        counts = {what: np.nansum(self._pivot(name).max()) for name, what in FAILURES.items()}
+        return " and ".join(f"{count:.0f} {what}" for what, count in counts.items() if count > 0)
+
     def of_seeds(self, seeds: Iterable[int]) -> "Run":
         """The run without its other seeds."""
         kept = [replace(r, curves=r.curves.loc[r.curves["seed"].isin(list(seeds))]) for r in self.records]
         return Run([record for record in kept if len(record.curves)])
 
     def table(self, metric: str) -> pd.DataFrame:
-        """``metric`` as a table, epochs by seeds, with NaN from a seed's divergence on.
+        """``metric`` as a table, epochs by seeds, with NaN from a seed's divergence on, and where there is none.
 
         A seed has diverged from the first epoch on at which ``metric`` or its training loss is not
         finite, and stays diverged even if later values are finite: an accuracy computed from NaN
@@ -102,7 +107,8 @@ class Run:
         return self.table("train_loss").tail(FINAL_EPOCHS).mean(skipna=False)
 
     def _pivot(self, metric: str) -> pd.DataFrame:
-        return self.curves.pivot(index="epoch", columns="seed", values=metric).sort_index()
+        curves = self.curves if metric in self.curves else self.curves.assign(**{metric: np.nan})
+        return curves.pivot(index="epoch", columns="seed", values=metric).sort_index()
 
 
 def in_common(texts: Mapping[str, str]) -> str:

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pandas as pd
 import pytest
 
 from experiments.figures.style import RC
+from experiments.records import Record, Run
 
 WriteRecord = Callable[..., Path]
 PREVIEW = "resnet20_cifar10_preview"
@@ -48,6 +50,17 @@ def write_files(path: Path, curves: pd.DataFrame, provenance: dict[str, Any]) ->
     path.mkdir(parents=True)
     curves.to_csv(path / "curves.csv", index=False, na_rep="nan")
     (path / "provenance.json").write_text(json.dumps(provenance))
+
+
+def run_of(curves: pd.DataFrame, variant: str = "paper", **provenance: Any) -> Run:
+    """A run of one record that is on no disk."""
+    written = {"complete": True, "label": None, "device": "cpu", "threads": 1} | provenance
+    return Run([Record(Path("kfac") / variant, curves, written)])
+
+
+def edited(run: Run, edit: Callable[[pd.DataFrame], pd.DataFrame]) -> Run:
+    """The run with other curves."""
+    return Run([replace(record, curves=edit(record.curves)) for record in run.records])
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from experiments.figures import Panel, final_markdown, final_table, load_records, order_table
+from experiments.figures import Panel, Run, final_markdown, final_table, load_runs, order_table
+from tests.figures.conftest import edited
 
 PROBLEM = "resnet20_cifar10_preview"
 Write = Callable[..., Path]
@@ -23,11 +24,11 @@ def ending(*losses: float) -> Callable[[pd.DataFrame], None]:
 
 
 @pytest.fixture
-def load(tmp_path: Path) -> Callable[..., pd.DataFrame]:
-    return lambda variant="paper": load_records(tmp_path / "runs", PROBLEM, variant=variant)
+def load(tmp_path: Path) -> Callable[..., dict[str, Run]]:
+    return lambda variant="paper": load_runs(tmp_path / "runs", PROBLEM, variant=variant)
 
 
-def test_final_numbers(write_resnet: Write, load: Callable[..., pd.DataFrame]) -> None:
+def test_final_numbers(write_resnet: Write, load: Callable[..., dict[str, Run]]) -> None:
     def edit(curves: pd.DataFrame) -> None:
         ending(1.0, 1.5, 1.7, math.nan)(curves)
         peak = (curves["epoch"] == 2) & (curves["seed"] == 0)
@@ -38,15 +39,15 @@ def test_final_numbers(write_resnet: Write, load: Callable[..., pd.DataFrame]) -
         curves["coarse_indefinite"] = (curves["epoch"] > 1).astype(float)
 
     write_resnet("two_level_kfac", seeds=range(4), epochs=3, edit=edit)
-    frame = load()
-    (row,) = final_table(frame).to_dict("records")
+    runs = load()
+    (row,) = final_table(runs).to_dict("records")
     assert (row["seeds"], row["diverged"], row["epochs"]) == (4, 1, 3)
     interval = stats.ttest_1samp([1.0, 1.5, 1.7], 0).confidence_interval()
     assert row["train_loss_mean"] == pytest.approx(1.4)
     assert row["train_loss_low"] == pytest.approx(interval.low)
     assert row["train_loss_high"] == pytest.approx(interval.high)
     assert row["train_loss_median"] == pytest.approx(1.6)  # of 1, 1.5, 1.7 and infinity
-    alive = frame[frame["seed"] < 3]
+    alive = runs["two_level_kfac"].curves.query("seed < 3")
     last = alive[alive["epoch"] == 3]
     for metric in ("train_accuracy", "test_accuracy"):
         interval = stats.ttest_1samp(last[metric], 0).confidence_interval()
@@ -61,7 +62,7 @@ def test_final_numbers(write_resnet: Write, load: Callable[..., pd.DataFrame]) -
     assert row["coarse_indefinite"] == pytest.approx(2 / 3)
 
 
-def test_order_by_hand(write_resnet: Write, load: Callable[..., pd.DataFrame]) -> None:
+def test_order_by_hand(write_resnet: Write, load: Callable[..., dict[str, Run]]) -> None:
     write_resnet("sgd", seeds=range(3), edit=ending(3.0, 3.1, 3.2))
     write_resnet("adam", seeds=range(3), edit=ending(1.0, 2.0, 3.0))
     write_resnet("kfac", seeds=range(2), edit=ending(0.9, 1.7))
@@ -78,7 +79,7 @@ def test_order_by_hand(write_resnet: Write, load: Callable[..., pd.DataFrame]) -
 
 
 def test_pairing_sees_what_overlapping_intervals_hide(
-    write_resnet: Write, load: Callable[..., pd.DataFrame]
+    write_resnet: Write, load: Callable[..., dict[str, Run]]
 ) -> None:
     write_resnet("kfac", seeds=range(3), edit=ending(1.0, 2.0, 3.0))
     write_resnet("adam", seeds=range(3), edit=ending(1.11, 2.1, 3.09))
@@ -92,13 +93,13 @@ def test_pairing_sees_what_overlapping_intervals_hide(
     assert "| Adam - K-FAC (one level) | yes" in text
 
 
-def test_clearly_apart(write_resnet: Write, load: Callable[..., pd.DataFrame]) -> None:
+def test_clearly_apart(write_resnet: Write, load: Callable[..., dict[str, Run]]) -> None:
     write_resnet("kfac", edit=ending(1.0, 1.1, 1.0, 1.1, 1.0))
     write_resnet("adam", edit=ending(2.0, 2.1, 2.0, 2.1, 2.0))
     assert "No neighbours' 95% intervals overlap." in final_markdown(Panel("ResNet", load()))
 
 
-def test_one_seed_has_no_interval(write_resnet: Write, load: Callable[..., pd.DataFrame]) -> None:
+def test_one_seed_has_no_interval(write_resnet: Write, load: Callable[..., dict[str, Run]]) -> None:
     write_resnet("kfac", seeds=[0])
     write_resnet("adam", seeds=[0])
     (pair,) = order_table(load()).to_dict("records")
@@ -110,7 +111,7 @@ def test_one_seed_has_no_interval(write_resnet: Write, load: Callable[..., pd.Da
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
-def test_diverged_seeds(write_resnet: Write, load: Callable[..., pd.DataFrame]) -> None:
+def test_diverged_seeds(write_resnet: Write, load: Callable[..., dict[str, Run]]) -> None:
     write_resnet("kfac", seeds=range(3), edit=ending(1.0, math.nan, 1.2))
     write_resnet("adam", seeds=range(3), edit=ending(1.5, 1.6, math.inf))
     write_resnet("sgd", seeds=range(3), edit=ending(math.nan, math.nan, math.nan))
@@ -123,7 +124,7 @@ def test_diverged_seeds(write_resnet: Write, load: Callable[..., pd.DataFrame]) 
     )
 
 
-def test_controls_have_rows_and_no_place(write_resnet: Write, load: Callable[..., pd.DataFrame]) -> None:
+def test_controls_have_rows_and_no_place(write_resnet: Write, load: Callable[..., dict[str, Run]]) -> None:
     write_resnet("sgd")
     write_resnet("adam")
     write_resnet("sgd", variant="batch_size=128")
@@ -136,12 +137,12 @@ def test_controls_have_rows_and_no_place(write_resnet: Write, load: Callable[...
     assert text.startswith(f"## ResNet\n\n**{header}**\n\nThe last epoch over 5 seeds.")
 
 
-def test_no_label_no_header(write_resnet: Write, load: Callable[..., pd.DataFrame]) -> None:
+def test_no_label_no_header(write_resnet: Write, load: Callable[..., dict[str, Run]]) -> None:
     write_resnet("sgd", label=None)
     assert final_markdown(Panel("ResNet", load())).startswith("## ResNet\n\nThe last epoch")
 
 
-def test_a_run_with_failures_says_so(write_resnet: Write, load: Callable[..., pd.DataFrame]) -> None:
+def test_a_run_with_failures_says_so(write_resnet: Write, load: Callable[..., dict[str, Run]]) -> None:
     def edit(curves: pd.DataFrame) -> None:
         curves["rejected_samples"] = curves["epoch"] * (curves["seed"] == 1)
         curves["failed_inverses"] = 2 * (curves["epoch"] > 1)
@@ -156,11 +157,15 @@ def test_a_run_with_failures_says_so(write_resnet: Write, load: Callable[..., pd
     assert text.count("inverses that could not be computed") == 1
 
 
-def test_a_run_without_failures_says_nothing(write_resnet: Write, load: Callable[..., pd.DataFrame]) -> None:
+def test_a_run_without_failures_says_nothing(
+    write_resnet: Write, load: Callable[..., dict[str, Run]]
+) -> None:
     def edit(curves: pd.DataFrame) -> None:
         curves["rejected_samples"] = curves["failed_inverses"] = 0
 
     write_resnet("kfac", seeds=range(2), epochs=2, edit=edit)
-    frame = load()
-    uncounted = frame.drop(columns=["rejected_samples", "failed_inverses"])
-    assert final_markdown(Panel("title", frame)) == final_markdown(Panel("title", uncounted))
+    runs = load()
+    uncounted = edited(
+        runs["kfac"], lambda curves: curves.drop(columns=["rejected_samples", "failed_inverses"])
+    )
+    assert final_markdown(Panel("title", runs)) == final_markdown(Panel("title", {"kfac": uncounted}))

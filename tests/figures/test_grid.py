@@ -17,8 +17,9 @@ from experiments.figures import (
     RecordError,
     grid_markdown,
     grid_table,
+    save_figure,
     winners,
-    winners_frame,
+    winning_runs,
 )
 from experiments.figures.grid import is_decided
 from experiments.figures.sensitivity import at_paper_settings, best_of_each_rate, sensitivity_figure
@@ -108,7 +109,7 @@ def test_what_is_not_there_has_a_status_and_no_numbers(
     assert not is_decided(found, "sgd")
     assert is_decided(found.query("variant == 'failed'"), "sgd")
     with pytest.raises(NoRecordsError, match="no configuration of the grid has a finite loss"):
-        winners_frame(tmp_path / "runs", PROBLEM, found)
+        winning_runs(tmp_path / "runs", PROBLEM, found)
     text = grid_markdown("grid", found, None)
     assert "failed: ValueError: no" in text
     assert "| none " in text
@@ -128,7 +129,7 @@ def test_records_of_single_seeds_and_their_label(write_resnet: Write, tmp_path: 
     found = grid_table(tmp_path / "runs", "resnet20_cifar10_preview", points)
     assert list(found["status"]) == ["complete", "incomplete"]
     assert str(found["label"].iloc[0]).startswith("preview")
-    best = winners_frame(tmp_path / "runs", "resnet20_cifar10_preview", found)
+    best = winning_runs(tmp_path / "runs", "resnet20_cifar10_preview", found)
     assert "**preview: ResNet20" in grid_markdown("grid", found, best)
 
 
@@ -153,11 +154,8 @@ def full(write_record: Write, table: Callable[..., pd.DataFrame]) -> pd.DataFram
 def test_the_winners_and_their_paired_differences(full: pd.DataFrame, tmp_path: Path) -> None:
     assert list(full["optimizer"]) == ["sgd"] * 2 + ["kfac"] * 4  # the legend's order
     assert list(full["damping"].isna()) == [True] * 2 + [False] * 4
-    best = winners_frame(tmp_path / "runs", PROBLEM, full)
-    assert set(zip(best["optimizer"], best["variant"], strict=True)) == {
-        ("sgd", "paper"),
-        ("kfac", "damping=1"),
-    }
+    best = winning_runs(tmp_path / "runs", PROBLEM, full)
+    assert {name: run.variant for name, run in best.items()} == {"sgd": "paper", "kfac": "damping=1"}
     text = grid_markdown("the grid", full, best)
     sgd, kfac = (np.array([f * a + 0.01 * s**f for s in SEEDS]) for f, a in ((2, 0.2), (1, 0.1)))
     interval = stats.ttest_rel(kfac, sgd).confidence_interval()
@@ -194,6 +192,13 @@ def test_without_the_paper_s_settings_there_is_one_panel(full: pd.DataFrame) -> 
     table = full.assign(variant="epochs=3," + full["variant"])
     (axes,) = sensitivity_figure(table, "MLP").axes
     assert "best of the grid" in axes.get_title()
+
+
+@pytest.mark.filterwarnings("error")
+def test_extreme_losses_still_draw(full: pd.DataFrame, tmp_path: Path) -> None:
+    for extreme in (0.0, 3e38):
+        changed = full.assign(lowest=full["lowest"].clip(upper=extreme), highest=max(extreme, 1.0))
+        save_figure(sensitivity_figure(changed, "MLP"), tmp_path, "extreme")
 
 
 def test_a_record_of_other_settings_is_refused(

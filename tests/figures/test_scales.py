@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from experiments.figures import NoRecordsError, load_records
+from experiments.figures import NoRecordsError, load_runs
 from experiments.figures.scales import SCALES, find_resnet
 
 Place = tuple[str, str]
@@ -71,15 +71,15 @@ def test_what_is_drawn(
     for (root, name), optimizers in there.items():
         for optimizer in optimizers:
             write_resnet(optimizer, root=root, problem=SCALES[name].problem, seeds=[0], epochs=2)
-    found = find_resnet(load_records, tmp_path / "runs", tmp_path / "results", scale)
+    found = find_resnet(load_runs, tmp_path / "runs", tmp_path / "results", scale)
     root, name = expected
     assert (found.root, found.scale) == (tmp_path / root, SCALES[name])
-    assert set(found.frame["problem"]) == {SCALES[name].problem}
+    assert {run.records[0].problem for run in found.runs.values()} == {SCALES[name].problem}
 
 
 @pytest.mark.parametrize("scale", ["reduced", None])
 def test_nothing_anywhere(tmp_path: Path, scale: str | None) -> None:
-    find: Callable[..., Any] = partial(find_resnet, load_records, tmp_path / "runs", tmp_path / "results")
+    find: Callable[..., Any] = partial(find_resnet, load_runs, tmp_path / "runs", tmp_path / "results")
     with pytest.raises(NoRecordsError, match=SCALES[scale or "preview"].problem) as caught:
         find(scale)
     assert str(tmp_path / "runs") in str(caught.value)

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from experiments.figures import paired_difference, seed_interval, seed_median, seed_table
+from experiments.figures import paired_difference, paired_ratio, seed_interval, seed_median
 
 
 def table(*rows: list[float]) -> pd.DataFrame:
@@ -47,6 +47,17 @@ def test_log_interval_refuses_values_without_logarithm() -> None:
         seed_interval(table([1, -2]), log=True)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_loss_of_zero_and_seeds_far_apart_have_a_mean() -> None:
+    zero = seed_interval(table([0.0, 0.5]), log=True).loc[1]
+    assert (zero["mean"], zero["seeds"]) == (0, 2)
+    assert math.isnan(zero["high"])
+    apart = seed_interval(table([3e38, 1e-300]), log=True).loc[1]
+    assert (apart["low"], apart["high"]) == (0, math.inf)
+    assert apart["mean"] == pytest.approx(math.sqrt(3e38 * 1e-300))
+    assert paired_ratio(pd.Series([0.0, 1.0]), pd.Series([1.0, 1.0]))["ratio"] == 0
+
+
 def test_one_seed_has_a_mean_but_no_interval() -> None:
     interval = seed_interval(table([0.5])).loc[1]
     assert interval["mean"] == 0.5
@@ -72,22 +83,6 @@ def test_median_counts_a_diverged_seed_as_infinite() -> None:
     nan = math.nan
     values = table([1, 2, 3, 4, 5], [1, nan, 3, 4, 5], [1, 2, 3, nan, nan])
     assert seed_median(values).tolist() == [3, 4, math.inf]
-
-
-def test_seed_table_masks_every_metric_of_a_seed_whose_training_loss_diverged() -> None:
-    curves = pd.DataFrame(
-        {
-            "seed": [0, 1, 0, 1, 0, 1],
-            "epoch": [1, 1, 2, 2, 3, 3],
-            "train_loss": [0.5, 0.6, 0.4, math.nan, 0.3, 0.5],
-            "test_loss": [math.inf, 0.7, 0.5, 0.6, 0.4, 0.5],
-            "test_accuracy": [0.7, 0.6, 0.8, 0.5, 0.9, 0.5],
-        }
-    )
-    accuracy = seed_table(curves, "test_accuracy")
-    assert accuracy[0].tolist() == [0.7, 0.8, 0.9]
-    assert accuracy[1].isna().tolist() == [False, True, True]
-    assert seed_table(curves, "test_loss")[0].isna().tolist() == [True, True, True]
 
 
 def test_paired_difference_is_a_paired_t_test() -> None:

@@ -9,42 +9,42 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from experiments.figures import NoRecordsError, RecordError
-from experiments.figures.long_table import record_labels
+from experiments.figures.grid import labels_of
 from experiments.figures.statistics import paired_ratio
 from experiments.figures.study.arms import arm_markdown, arm_table, arms_figure
 from experiments.figures.study.lines import best_of, goal_table, good_region, line_table, ratio_row
 from experiments.figures.study.microscope import change_markdown, direction_table, over_seeds
 from experiments.figures.study.records import Study
-from experiments.records import load_measurement
+from experiments.records import NoRecordsError, RecordError, Run, load_measurement
 from experiments.study.arms import FULL, ONE_LEVEL, one
+from tests.figures.conftest import run_of
 
 Write = Callable[..., Path]
 
 
-def training_of(losses: dict[int, list[float]], **columns: Any) -> pd.DataFrame:
-    """Curves with these losses by seed, as ``load_records`` returns them."""
+def training_of(losses: dict[int, list[float]], **columns: Any) -> Run:
+    """A run with these losses by seed, and other columns."""
     rows = [
-        {"seed": seed, "epoch": epoch, "train_loss": loss, "seconds": 2.0 * epoch, "replicas": len(losses)}
+        {"seed": seed, "epoch": epoch, "train_loss": loss, "seconds": 2.0 * epoch}
         for seed, values in losses.items()
         for epoch, loss in enumerate(values, start=1)
     ]
-    return pd.DataFrame(rows).assign(**{"label": "", **columns})
+    return run_of(pd.DataFrame(rows).assign(**columns))
 
 
-def constant(**losses: float) -> pd.DataFrame:
+def constant(*losses: float, **columns: Any) -> Run:
     """Seeds 0, 1, … each at one loss for six epochs."""
-    return training_of({seed: [loss] * 6 for seed, loss in enumerate(losses.values())})
+    return training_of({seed: [loss] * 6 for seed, loss in enumerate(losses)}, **columns)
 
 
 def test_an_arm_is_read_from_its_record(write_record: Write, tmp_path: Path) -> None:
     study = Study(tmp_path / "runs")
     with pytest.raises(NoRecordsError, match=r"/damping=1.0,seeds=0-1; make it with: make study"):
-        study.curves(one(damping=1.0, seeds=2))
+        study.run(one(damping=1.0, seeds=2))
     write_record("kfac", variant="seeds=0-1", seeds=[0, 1], epochs=2)
     write_record("kfac", variant="damping=1.0,seeds=0-1", seeds=[0, 1], epochs=3)
     arms = study.arms({"paper": one(seeds=2), "another λ": one(seeds=2, damping=1.0)})
-    assert {name: max(curves["epoch"]) for name, curves in arms.items()} == {"paper": 2, "another λ": 3}
+    assert {name: run.epochs for name, run in arms.items()} == {"paper": 2, "another λ": 3}
 
 
 def test_the_ratio_is_that_of_logarithms() -> None:
@@ -60,8 +60,8 @@ def test_the_ratio_is_that_of_logarithms() -> None:
 
 def test_the_table_of_arms() -> None:
     arms = {
-        ONE_LEVEL: constant(a=0.2, b=0.4, c=0.3),
-        FULL: constant(a=0.1, b=0.2, c=math.nan).assign(nu=0.5, coarse_ratio=[*[1.0] * 6, *[3.0] * 12]),
+        ONE_LEVEL: constant(0.2, 0.4, 0.3),
+        FULL: constant(0.1, 0.2, math.nan, nu=0.5, coarse_ratio=[*[1.0] * 6, *[3.0] * 12]),
     }
     table = arm_table(arms, [ONE_LEVEL]).set_index("arm")
     full = table.loc[FULL].to_dict()
@@ -89,8 +89,8 @@ def test_a_curve_s_table() -> None:
 
 
 def test_the_figure_says_how_many_seeds_diverged() -> None:
-    arms = {ONE_LEVEL: constant(a=0.2, b=0.4), FULL: constant(a=0.1, b=math.nan)}
-    arms = {name: curves.assign(nu=0.5, coarse_ratio=0.0) for name, curves in arms.items()}
+    diagnostics = {"nu": 0.5, "coarse_ratio": 0.0}
+    arms = {ONE_LEVEL: constant(0.2, 0.4, **diagnostics), FULL: constant(0.1, math.nan, **diagnostics)}
     figure = arms_figure(arms, "title")
     assert [tick.get_text() for tick in figure.axes[1].get_yticklabels()] == ["full (1 of 2 pairs)"]
     _, labels_of_curves = figure.axes[0].get_legend_handles_labels()
@@ -99,10 +99,10 @@ def test_the_figure_says_how_many_seeds_diverged() -> None:
 
 def test_a_line_s_good_region_and_its_best() -> None:
     line = {
-        0.1: constant(a=1.0, b=1.0),
-        0.3: constant(a=0.52, b=0.55),
-        1.0: constant(a=0.4, b=0.6),
-        3.0: constant(a=0.1, b=math.nan),
+        0.1: constant(1.0, 1.0),
+        0.3: constant(0.52, 0.55),
+        1.0: constant(0.4, 0.6),
+        3.0: constant(0.1, math.nan),
     }
     table = line_table(line, "lr")
     assert table["median"].tolist() == [1.0, 0.535, 0.5, math.inf]  # the diverged seed counts as infinite
@@ -110,7 +110,7 @@ def test_a_line_s_good_region_and_its_best() -> None:
     assert good_region(table, "lr", best=0.4) == []
     assert best_of(line, range(2)) == 1.0
     assert best_of(line, range(1, 2)) == 0.3
-    lost = {1.0: constant(a=math.nan), 2.0: constant(a=math.nan)}
+    lost = {1.0: constant(math.nan), 2.0: constant(math.nan)}
     assert good_region(line_table(lost, "lr"), "lr") == []
     with pytest.raises(ValueError, match="most seeds diverged in every training of the line"):
         best_of(lost, range(1))
@@ -127,7 +127,7 @@ def test_time_to_a_goal() -> None:
 
 
 def test_a_ratio_of_trainings() -> None:
-    row = ratio_row(constant(a=0.1, b=math.nan), constant(a=0.2, b=0.3))
+    row = ratio_row(constant(0.1, math.nan), constant(0.2, 0.3))
     assert row["ratio"] == pytest.approx(0.5)
     assert (row["first_diverged"], row["second_diverged"], row["second_slow"]) == (1, 0, 0)
     assert row["second_median"] == pytest.approx(0.25)
@@ -172,7 +172,7 @@ def test_measurements(tmp_path: Path) -> None:
     write_measurement(home / "paper" / "seed=2", complete=False)
     frame = load_measurement(tmp_path, "microscope", "kfac/paper", "coarse")
     assert frame["distance"].tolist() == [0.5]
-    assert record_labels(frame) == ["preview"]
+    assert labels_of(frame) == ["preview"]
     with pytest.raises(NoRecordsError, match="make study"):
         load_measurement(tmp_path, "microscope", "sgd/paper", "coarse")
     with pytest.raises(RecordError, match=r"spectrum\.csv does not exist, although"):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments.figures import load_records, summarize
+from experiments.figures import load_runs, summarize
 from experiments.figures.verdict import RULE, check_rule, verdict
 
 PROBLEM = "deep_linear_mlp"
@@ -30,8 +30,8 @@ def write_with_two_level(
 def test_reproduced(write_all: Callable[..., None], tmp_path: Path) -> None:
     write_all()
     write_all(root="results", edit=scale(1.15))
-    frame, reference = (load_records(tmp_path / root, PROBLEM) for root in ("runs", "results"))
-    summary = summarize(frame, reference)
+    runs, reference = (load_runs(tmp_path / root, PROBLEM) for root in ("runs", "results"))
+    summary = summarize(runs, reference)
     assert summary.verdict == "reproduced"
     assert [check.answer for check in summary.checks] == ["yes"] * 8
     assert RULE in summary.markdown
@@ -45,8 +45,8 @@ def test_loss_table_numbers(write_record: Callable[..., Path], tmp_path: Path) -
 
     write_record("kfac", edit=edit, epochs=5)
     write_record("kfac", root="results", edit=scale(2), epochs=100)
-    frame, reference = (load_records(tmp_path / root, PROBLEM) for root in ("runs", "results"))
-    losses = summarize(frame, reference).losses.set_index("epoch")
+    runs, reference = (load_runs(tmp_path / root, PROBLEM) for root in ("runs", "results"))
+    losses = summarize(runs, reference).losses.set_index("epoch")
     row = losses.loc[5]
     assert row["median"] == 0.3
     assert row["mean"] == pytest.approx(0.325)
@@ -54,16 +54,15 @@ def test_loss_table_numbers(write_record: Callable[..., Path], tmp_path: Path) -
     assert row["low"] == pytest.approx(0.325 - half_width)
     assert row["high"] == pytest.approx(0.325 + half_width)
     assert (row["diverged"], row["slow"]) == (1, 1)
-    committed = reference[(reference["epoch"] == 5) & (reference["seed"] == 2)]
-    assert row["committed"] == committed["train_loss"].item()
+    assert row["committed"] == reference["kfac"].table("train_loss").loc[5, 2]
     assert losses.loc[100, ["median", "mean", "diverged", "slow"]].isna().all()
 
 
 def test_end_table_numbers(write_record: Callable[..., Path], tmp_path: Path) -> None:
     path = write_record("kfac", epochs=40)
     write_record("kfac", root="results", epochs=20)
-    frame, reference = (load_records(tmp_path / root, PROBLEM) for root in ("runs", "results"))
-    end = summarize(frame, reference).ends.iloc[0]
+    runs, reference = (load_runs(tmp_path / root, PROBLEM) for root in ("runs", "results"))
+    end = summarize(runs, reference).ends.iloc[0]
     curves = pd.read_csv(path / "curves.csv")
     assert end["epochs"] == 40
     assert end["seconds"] == pytest.approx(0.5 * 40 / 0.25**0.5)
@@ -75,22 +74,22 @@ def test_end_table_numbers(write_record: Callable[..., Path], tmp_path: Path) ->
 def test_tolerance(write_all: Callable[..., None], tmp_path: Path, factor: float, answer: str) -> None:
     write_all(edit=scale(factor))
     write_all(root="results")
-    frame, reference = (load_records(tmp_path / root, PROBLEM) for root in ("runs", "results"))
-    assert {check.answer for check in check_rule(frame, reference)[:-1]} == {answer}
+    runs, reference = (load_runs(tmp_path / root, PROBLEM) for root in ("runs", "results"))
+    assert {check.answer for check in check_rule(runs, reference)[:-1]} == {answer}
 
 
 @pytest.mark.parametrize(("ratio", "answer"), [(0.79, "yes"), (0.81, "no")])
 def test_gain_over_one_level(
     write_record: Callable[..., Path], tmp_path: Path, ratio: float, answer: str
 ) -> None:
-    one_level = load_records(write_record("kfac").parents[2], PROBLEM)
+    one_level = load_runs(write_record("kfac").parents[2], PROBLEM)["kfac"].curves
 
     def edit(curves: pd.DataFrame) -> None:
         curves["train_loss"] = ratio * one_level["train_loss"]
 
     write_record("two_level_kfac", edit=edit)
-    frame = load_records(tmp_path / "runs", PROBLEM)
-    assert check_rule(frame)[-1].answer == answer
+    runs = load_runs(tmp_path / "runs", PROBLEM)
+    assert check_rule(runs)[-1].answer == answer
 
 
 def test_diverged_seeds_cannot_win(write_record: Callable[..., Path], tmp_path: Path) -> None:
@@ -98,8 +97,8 @@ def test_diverged_seeds_cannot_win(write_record: Callable[..., Path], tmp_path: 
         curves.loc[curves["seed"].isin([2, 3, 4]) & (curves["epoch"] > 50), "train_loss"] = math.nan
 
     write_with_two_level(write_record, diverge)
-    frame = load_records(tmp_path / "runs", PROBLEM)
-    summary = summarize(frame)
+    runs = load_runs(tmp_path / "runs", PROBLEM)
+    summary = summarize(runs)
     assert summary.verdict == "not reproduced"
     assert summary.checks[-1].detail.startswith("inf against")
 
@@ -108,15 +107,15 @@ def test_all_diverged_against_a_diverged_reference_is_no_match(
     write_all: Callable[..., None], tmp_path: Path
 ) -> None:
     write_all(edit=scale(math.nan))
-    frame = load_records(tmp_path / "runs", PROBLEM)
-    assert {check.answer for check in check_rule(frame, frame)} == {"no"}
+    runs = load_runs(tmp_path / "runs", PROBLEM)
+    assert {check.answer for check in check_rule(runs, runs)} == {"no"}
 
 
 def test_shortened_run_is_not_decided(write_all: Callable[..., None], tmp_path: Path) -> None:
     write_all(epochs=30)
     write_all(root="results")
-    frame, reference = (load_records(tmp_path / root, PROBLEM) for root in ("runs", "results"))
-    summary = summarize(frame, reference)
+    runs, reference = (load_runs(tmp_path / root, PROBLEM) for root in ("runs", "results"))
+    summary = summarize(runs, reference)
     assert summary.verdict == "not decided"
     assert "run has 30 epochs, rule needs 100" in summary.markdown
     by_question = {check.question: check.answer for check in summary.checks}
@@ -125,7 +124,7 @@ def test_shortened_run_is_not_decided(write_all: Callable[..., None], tmp_path: 
 
 def test_without_reference(write_all: Callable[..., None], tmp_path: Path) -> None:
     write_all()
-    summary = summarize(load_records(tmp_path / "runs", PROBLEM))
+    summary = summarize(load_runs(tmp_path / "runs", PROBLEM))
     assert summary.verdict == "not decided"
     assert summary.checks[-1].answer == "yes"
     assert set(summary.losses["committed"].isna()) == {True}
@@ -133,7 +132,7 @@ def test_without_reference(write_all: Callable[..., None], tmp_path: Path) -> No
 
 def test_missing_optimizer_is_not_decided(write_record: Callable[..., Path], tmp_path: Path) -> None:
     write_record("kfac")
-    checks = check_rule(load_records(tmp_path / "runs", PROBLEM))
+    checks = check_rule(load_runs(tmp_path / "runs", PROBLEM))
     assert verdict(checks) == "not decided"
     assert checks[-1].detail == "no record of two-level K-FAC"
 
@@ -143,13 +142,13 @@ def test_other_settings_are_not_decided(
     write_all: Callable[..., None], tmp_path: Path, settings: dict[str, str]
 ) -> None:
     write_all(**settings)
-    frame = load_records(tmp_path / "runs", PROBLEM, variant=None)
-    checks = check_rule(frame, frame)
+    runs = load_runs(tmp_path / "runs", PROBLEM, variant=settings.get("variant", "paper"))
+    checks = check_rule(runs, runs)
     assert {check.answer for check in checks} == {"not decided"}
     assert next(iter(settings.values())) in checks[0].detail
 
 
 def test_unknown_optimizer_has_its_row(write_record: Callable[..., Path], tmp_path: Path) -> None:
     write_record("shampoo")
-    summary = summarize(load_records(tmp_path / "runs", PROBLEM))
+    summary = summarize(load_runs(tmp_path / "runs", PROBLEM))
     assert "| shampoo" in summary.markdown

@@ -3,29 +3,20 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.figures.curves import loss_against_epochs
-from experiments.figures.figures import set_title
-from experiments.figures.markdown import LOST, markdown_table, mean_with_interval, number, range_and_lost
-from experiments.figures.statistics import (
-    FINAL_EPOCHS,
-    final_losses,
-    final_summary,
-    paired_difference,
-    paired_ratio,
-    seed_median,
-    seed_table,
-)
-from experiments.figures.study.drawing import panels, plain_log
-from experiments.figures.style import OPTIMIZERS, RC, Style
+from experiments.figures.curves import Runs, loss_against_epochs, plain_log
+from experiments.figures.figures import panels, set_title
+from experiments.figures.markdown import RANGE, Cell, Columns, column, interval, markdown_table
+from experiments.figures.statistics import final_summary, paired_difference, paired_ratio, seed_median
+from experiments.figures.study.drawing import NORMAL
+from experiments.figures.style import OPTIMIZERS, Style
+from experiments.records import FINAL_EPOCHS, Run
 from experiments.study.arms import FULL, ONE_LEVEL
 
-Arms = Mapping[str, pd.DataFrame]
 TRACES = {"nu": "ν", "coarse_ratio": "correction / one-level step"}
 COLORS = ("#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F7F7F")
 LINES = ("-.", ":", "-", "--")
@@ -50,7 +41,7 @@ def styles(names: Sequence[str]) -> dict[str, Style]:
     return {name: known[name]._replace(label=name) if name in known else new[name] for name in names}
 
 
-def arm_table(arms: Arms, baselines: Sequence[str]) -> pd.DataFrame:
+def arm_table(arms: Runs, baselines: Sequence[str]) -> pd.DataFrame:
     """One row per arm.
 
     ``seeds``, of these ``diverged``; median training loss at ``EPOCHS`` (``epoch_5`` …) and of the final loss
@@ -60,48 +51,43 @@ def arm_table(arms: Arms, baselines: Sequence[str]) -> pd.DataFrame:
     many (``below_b``) of the pairs (``pairs_b``) the arm ends lower. Medians over seeds of ν and of the length of the
     correction relative to the one-level step, means over the epochs ``WHENS`` (``nu_1``, ``coarse_ratio_1`` …).
     """
-    losses = {name: final_losses(curves) for name, curves in arms.items()}
+    losses = {name: run.final_losses() for name, run in arms.items()}
     return pd.DataFrame([_row(name, arms[name], losses, baselines) for name in arms])
 
 
 def arm_markdown(table: pd.DataFrame, baselines: Sequence[str]) -> str:
     """The table as text in three parts: losses, comparisons, ν and the correction's length."""
     rows = table.to_dict("records")
-    medians = [f"median, epoch {epoch}" for epoch in EPOCHS]
-    header = ["arm", *medians, "final loss, median", "range", LOST]
-    cells = [
-        (
-            row["arm"],
-            *(number(row[f"epoch_{epoch}"]) for epoch in EPOCHS),
-            number(row["median"]),
-            *range_and_lost(row),
-        )
-        for row in rows
+    losses: Columns = [
+        ("arm", column("arm")),
+        *((f"median, epoch {epoch}", column(f"epoch_{epoch}", "{:.4f}")) for epoch in EPOCHS),
+        ("final loss, median", column("median", "{:.4f}")),
+        *RANGE,
     ]
-    parts = [markdown_table(header, cells)]
-    header = ["final loss, paired by seed [95% interval]"]
-    for baseline in baselines:
-        header += [f"minus {baseline}", f"ratio to {baseline}", "seeds below"]
-    compared = [
-        (row["arm"], *(cell for baseline in baselines for cell in _comparison_cells(row, baseline)))
-        for row in rows
+    comparisons: Columns = [
+        ("final loss, paired by seed [95% interval]", column("arm")),
+        *(each for baseline in baselines for each in _comparisons(baseline)),
     ]
-    parts.append(markdown_table(header, [line for line in compared if set(line[1:]) != {"-"}]))
-    header = ["arm", *(f"{name}, {when}" for name in TRACES.values() for when in WHENS.values())]
-    cells = [
-        (row["arm"], *(number(row[f"{trace}_{when}"], "{:.3f}") for trace in TRACES for when in WHENS))
-        for row in rows
+    compared = [row for row in rows if any(_is_compared(row, baseline) for baseline in baselines)]
+    diagnostics: Columns = [
+        ("arm", column("arm")),
+        *(
+            (f"{name}, {when}", column(f"{trace}_{key}", "{:.3f}"))
+            for trace, name in TRACES.items()
+            for key, when in WHENS.items()
+        ),
     ]
-    return "\n\n".join([*parts, DIAGNOSTICS, markdown_table(header, cells)])
+    tables = ((rows, losses), (compared, comparisons), (rows, diagnostics))
+    losses_text, comparisons_text, diagnostics_text = (markdown_table(*table) for table in tables)
+    return "\n\n".join([losses_text, comparisons_text, DIAGNOSTICS, diagnostics_text])
 
 
-def arms_figure(arms: Arms, title: str) -> Figure:
+def arms_figure(arms: Runs, title: str) -> Figure:
     """Four panels: training loss, ratio of the final losses to one level's seed by seed, ν, and the correction's
     length."""
     looks = styles(list(arms))
-    with matplotlib.rc_context(RC):
-        figure, ((loss, ratios), (nu, length)) = panels(2, 2)
-        loss_against_epochs(loss, as_optimizers(arms), styles=looks)
+    with panels(2, 2, NORMAL) as (figure, ((loss, ratios), (nu, length))):
+        loss_against_epochs(loss, arms, styles=looks)
         draw_ratios(ratios, arms, looks)
         draw_trace(nu, arms, looks, "nu")
         draw_trace(length, arms, looks, "coarse_ratio")
@@ -109,16 +95,10 @@ def arms_figure(arms: Arms, title: str) -> Figure:
     return figure
 
 
-def as_optimizers(arms: Arms) -> pd.DataFrame:
-    """The arms as one long table that the curves of optimizers can be drawn from."""
-    frames = [curves.assign(optimizer=name, variant="") for name, curves in arms.items()]
-    return pd.concat(frames, ignore_index=True)
-
-
-def draw_ratios(axes: Axes, arms: Arms, looks: dict[str, Style]) -> None:
+def draw_ratios(axes: Axes, arms: Runs, looks: dict[str, Style]) -> None:
     """Final losses relative to one level's, a line per arm: a dot per seed, the geometric mean and its 95%
     interval."""
-    losses = {name: final_losses(curves) for name, curves in arms.items()}
+    losses = {name: run.final_losses() for name, run in arms.items()}
     base = losses.pop(ONE_LEVEL)
     names = []
     for place, (name, own) in enumerate(losses.items()):
@@ -140,12 +120,10 @@ def draw_ratios(axes: Axes, arms: Arms, looks: dict[str, Style]) -> None:
     )
 
 
-def draw_trace(axes: Axes, arms: Arms, looks: dict[str, Style], trace: str) -> None:
+def draw_trace(axes: Axes, arms: Runs, looks: dict[str, Style], trace: str) -> None:
     """The median over seeds of a diagnostic, against epochs; where it is 0 there is no line."""
-    for name, curves in arms.items():
-        if trace not in curves:
-            continue
-        median = seed_table(curves, trace).median(axis=1)
+    for name, run in arms.items():
+        median = run.table(trace).median(axis=1)
         shown = median.where(median > 0)
         marker = "o" if shown.count() == 1 else ""  # a single epoch makes no line
         axes.plot(
@@ -156,20 +134,17 @@ def draw_trace(axes: Axes, arms: Arms, looks: dict[str, Style], trace: str) -> N
     axes.set_ylabel(f"{TRACES[trace]} (mean of epoch)")
 
 
-def _row(
-    name: str, curves: pd.DataFrame, losses: Mapping[str, pd.Series], baselines: Sequence[str]
-) -> dict[str, Any]:
-    table = seed_table(curves, "train_loss")
+def _row(name: str, run: Run, losses: Mapping[str, pd.Series], baselines: Sequence[str]) -> dict[str, Any]:
     own = losses[name]
-    medians = seed_median(table)
+    medians = seed_median(run.table("train_loss"))
     row: dict[str, Any] = {"arm": name} | final_summary(own)
     row |= {f"epoch_{epoch}": medians.get(epoch, np.nan) for epoch in EPOCHS}
     for baseline in (each for each in baselines if each != name):
         row |= _comparison(own, losses[baseline], baseline)
     for trace in TRACES:
-        values = seed_table(curves, trace).median(axis=1) if trace in curves else pd.Series(dtype=float)
+        values = run.table(trace).median(axis=1)
         for when in WHENS:
-            epoch = max(table.index) if when == "last" else int(when)
+            epoch = run.epochs if when == "last" else int(when)
             row[f"{trace}_{when}"] = values.get(epoch, np.nan)
     return row
 
@@ -183,10 +158,21 @@ def _comparison(own: pd.Series, other: pd.Series, baseline: str) -> dict[str, fl
     return row
 
 
-def _comparison_cells(row: Mapping[Any, Any], baseline: str) -> tuple[str, str, str]:
-    if np.isnan(row.get(f"pairs_{baseline}", np.nan)):
-        return "-", "-", "-"
-    below = f"{row[f'below_{baseline}']:.0f} of {row[f'pairs_{baseline}']:.0f}"
-    minus, over = f"minus_{baseline}", f"over_{baseline}"
-    difference = mean_with_interval(row[minus], row[f"{minus}_low"], row[f"{minus}_high"])
-    return difference, mean_with_interval(row[over], row[f"{over}_low"], row[f"{over}_high"], "{:.3f}"), below
+def _comparisons(baseline: str) -> Columns:
+    """Columns that compare with a baseline."""
+
+    def where_compared(cell: Cell) -> Cell:
+        return lambda row: cell(row) if _is_compared(row, baseline) else "-"
+
+    def below(row: Mapping[Any, Any]) -> str:
+        return f"{row[f'below_{baseline}']:.0f} of {row[f'pairs_{baseline}']:.0f}"
+
+    return [
+        (f"minus {baseline}", where_compared(interval(f"minus_{baseline}"))),
+        (f"ratio to {baseline}", where_compared(interval(f"over_{baseline}", "{:.3f}"))),
+        ("seeds below", where_compared(below)),
+    ]
+
+
+def _is_compared(row: Mapping[Any, Any], baseline: str) -> bool:
+    return not np.isnan(row.get(f"pairs_{baseline}", np.nan))

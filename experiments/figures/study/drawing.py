@@ -4,21 +4,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from experiments.figures.curves import PlainLogFormatter
 from experiments.figures.markdown import plain
-from experiments.figures.style import PANEL_SIZE, Style
+from experiments.figures.style import Style
 
 OVER_SEEDS = "median and range over 10 seeds"
-
-
-def panels(rows: int, columns: int, stretch: float = 1) -> tuple[Figure, Any]:
-    """A figure and its axes, ``(rows, columns)``, each panel ``stretch`` times as wide as usual."""
-    width, height = PANEL_SIZE
-    figure = Figure(figsize=(columns * stretch * width, 1.05 * rows * height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+NORMAL, WIDE = (1, 1.05), (1.4, 1.05)  # panels of the study, relative to the paper's
 
 
 def draw_line(axes: Axes, x: Any, middle: Any, low: Any, high: Any, style: Style) -> None:
@@ -38,15 +30,6 @@ def draw_line(axes: Axes, x: Any, middle: Any, low: Any, high: Any, style: Style
         if some.any():  # an empty line that is not clipped collapses the layout
             marks["label"] = f"{style.label}: {how_many} seeds diverged"
             axes.plot(x[some], np.ones(some.sum()), "^", **marks, **place)
-
-
-def plain_log(axes: Axes, which: str) -> None:
-    """A logarithmic axis with plain numbers."""
-    for name in which:
-        (axes.set_xscale if name == "x" else axes.set_yscale)("log")
-        axis = axes.xaxis if name == "x" else axes.yaxis
-        axis.set_major_formatter(PlainLogFormatter())
-        axis.set_minor_formatter(PlainLogFormatter())
 
 
 def only_these(axes: Axes, values: list[float]) -> None:

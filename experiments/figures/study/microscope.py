@@ -1,19 +1,16 @@
 """How close directions come to the exact natural gradient: tables and figure of the microscope's records."""
 
-from typing import Any
-
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.figures.curves import add_legend
-from experiments.figures.figures import set_title
-from experiments.figures.markdown import markdown_table, mean_with_interval, number
+from experiments.figures.curves import add_legend, plain_log
+from experiments.figures.figures import panels, set_title
+from experiments.figures.markdown import Columns, column, interval, markdown_table
 from experiments.figures.statistics import seed_interval
-from experiments.figures.study.drawing import draw_line, panels, plain_log
-from experiments.figures.style import OPTIMIZERS, RC, Style
+from experiments.figures.study.drawing import NORMAL, draw_line
+from experiments.figures.style import OPTIMIZERS, Style
 from experiments.records import PCG_LIMIT
 
 DIRECTIONS = {
@@ -81,49 +78,59 @@ def _counts(directions: pd.DataFrame, otherwise: float) -> np.ndarray:
 
 
 def direction_markdown(table: pd.DataFrame, statistics: str) -> str:
-    own = table.loc[table["statistics"] == statistics].set_index(["epoch", "direction"])
-    rows = []
-    for epoch in sorted(set(own.index.get_level_values("epoch"))):
-        for name, style in DIRECTIONS.items():
-            row = own.loc[(epoch, name)]
-            rows.append((str(epoch), style.label, *_error_cells(row), _pcg_cell(row)))
-    header = (
-        "epoch",
-        "direction",
-        "error",
-        "error at the best length [95% interval]",
-        "cosine",
-        "PCG iterations",
-    )
-    return markdown_table(header, rows)
+    own = table.loc[table["statistics"] == statistics]
+    rows = [
+        own.loc[(own["epoch"] == epoch) & (own["direction"] == name)].iloc[0].to_dict()
+        | {"label": style.label}
+        for epoch in sorted(set(own["epoch"]))
+        for name, style in DIRECTIONS.items()
+    ]
+    iterations = interval("pcg_iterations", "{:.0f}")
+    columns: Columns = [
+        ("epoch", column("epoch")),
+        ("direction", column("label")),
+        ("error", column("error", "{:.3g}")),
+        ("error at the best length [95% interval]", interval("scaled_error")),
+        ("cosine", column("cosine", "{:.3f}")),
+        ("PCG iterations", lambda row: "-" if np.isnan(row["pcg_iterations"]) else iterations(row)),
+    ]
+    return markdown_table(rows, columns)
 
 
 def change_markdown(directions: pd.DataFrame) -> str:
     """What the correction does to the direction of one level, seed by seed."""
-    changes = {
-        value: paired_change(directions, value) for value in ("scaled_error", "cosine", "pcg_iterations")
-    }
-    rows = []
-    for same_place in zip(*(change.to_dict("records") for change in changes.values()), strict=True):
-        cells = [STATISTICS[same_place[0]["statistics"]], str(same_place[0]["epoch"])]
-        for value, row in zip(changes, same_place, strict=True):
-            cells.append(_interval(row, "{:.1f}" if value == "pcg_iterations" else "{:.4f}"))
-        rows.append(cells)
-    header = ("Fisher", "epoch", "error at the best length", "cosine", "PCG iterations, where both converge")
-    return markdown_table(header, rows)
+    keys = ["statistics", "epoch"]
+    values = ("scaled_error", "cosine", "pcg_iterations")
+    changes = [paired_change(directions, value).set_index(keys).add_prefix(f"{value}_") for value in values]
+    columns: Columns = [
+        ("Fisher", lambda row: STATISTICS[row["statistics"]]),
+        ("epoch", column("epoch")),
+        ("error at the best length", interval("scaled_error_mean", prefix="scaled_error_")),
+        ("cosine", interval("cosine_mean", prefix="cosine_")),
+        (
+            "PCG iterations, where both converge",
+            interval("pcg_iterations_mean", "{:.1f}", prefix="pcg_iterations_"),
+        ),
+    ]
+    return markdown_table(pd.concat(changes, axis=1).reset_index().to_dict("records"), columns)
 
 
 def coarse_markdown(coarse: pd.DataFrame, groups: list[str], names: dict[str, str]) -> str:
     """Medians and ranges over seeds of a coarse matrix's numbers, for each combination of ``groups`` and matrix."""
     keys = [*groups, "matrix"]
-    parts = [spread(coarse, keys, value).to_dict("records") for value in names]
-    rows = []
-    for same_place in zip(*parts, strict=True):
-        cells = [str(same_place[0][key]) for key in keys]
-        for row in same_place:
-            cells.append(mean_with_interval(row["median"], row["lowest"], row["highest"], "{:.3g}"))
-        rows.append(cells)
-    return markdown_table([*keys, *(f"{name} [range]" for name in names.values())], rows)
+    ends = {"lowest": "low", "highest": "high"}
+    parts = [
+        spread(coarse, keys, value).rename(columns=ends).set_index(keys).add_prefix(f"{value}_")
+        for value in names
+    ]
+    columns: Columns = [
+        *((key, column(key)) for key in keys),
+        *(
+            (f"{name} [range]", interval(f"{value}_median", "{:.3g}", prefix=f"{value}_"))
+            for value, name in names.items()
+        ),
+    ]
+    return markdown_table(pd.concat(parts, axis=1).reset_index().to_dict("records"), columns)
 
 
 def spectrum_markdown(spectrum: pd.DataFrame, damping: float) -> str:
@@ -131,15 +138,12 @@ def spectrum_markdown(spectrum: pd.DataFrame, damping: float) -> str:
     keys = ["statistics", "epoch", "matrix"]
     eigenvalues = spectrum.assign(below=spectrum["eigenvalue"] < damping).groupby([*keys, "seed"])
     by_seed = eigenvalues.agg(count=("below", "size"), below=("below", "sum"), largest=("eigenvalue", "max"))
-    rows = [
-        (
-            *(str(row[key]) for key in keys),
-            f"{row['below']:.0f} of {row['count']:.0f}",
-            f"{row['largest']:.3g}",
-        )
-        for row in by_seed.groupby(keys).median().reset_index().to_dict("records")
+    columns: Columns = [
+        *((key, column(key)) for key in keys),
+        (f"eigenvalues below λ = {damping:g}", lambda row: f"{row['below']:.0f} of {row['count']:.0f}"),
+        ("largest", column("largest", "{:.3g}")),
     ]
-    return markdown_table((*keys, f"eigenvalues below λ = {damping:g}", "largest"), rows)
+    return markdown_table(by_seed.groupby(keys).median().reset_index().to_dict("records"), columns)
 
 
 def microscope_figure(
@@ -148,8 +152,7 @@ def microscope_figure(
     """Six panels, by row the Fisher with and without the coupling through batch statistics: the error at the best
     length, PCG iterations, and the spectra of the coarse matrices at ``epoch`` beside the damping. ``table``: a
     ``direction_table``."""
-    with matplotlib.rc_context(RC):
-        figure, rows = panels(2, 3)
+    with panels(2, 3, NORMAL) as (figure, rows):
         for statistics, (error, pcg, values) in zip(STATISTICS, rows, strict=True):
             own = table.loc[table["statistics"] == statistics]
             _draw_over_epochs(error, own, "scaled_error")
@@ -191,20 +194,3 @@ def _draw_spectra(axes: Axes, spectrum: pd.DataFrame) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("place of the eigenvalue")
     axes.set_ylabel("eigenvalue")
-
-
-def _pcg_cell(row: Any) -> str:
-    if np.isnan(row["pcg_iterations"]):
-        return "-"
-    return mean_with_interval(
-        row["pcg_iterations"], row["pcg_iterations_low"], row["pcg_iterations_high"], "{:.0f}"
-    )
-
-
-def _interval(row: dict[Any, Any], form: str) -> str:
-    return mean_with_interval(row["mean"], row["low"], row["high"], form)
-
-
-def _error_cells(row: Any) -> tuple[str, str, str]:
-    scaled = mean_with_interval(row["scaled_error"], row["scaled_error_low"], row["scaled_error_high"])
-    return number(row["error"], "{:.3g}"), scaled, number(row["cosine"], "{:.3f}")

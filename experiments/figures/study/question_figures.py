@@ -2,22 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.figures.curves import add_legend, loss_against_epochs, loss_against_seconds
-from experiments.figures.figures import set_title
-from experiments.figures.study.arms import Arms, as_optimizers, draw_ratios, draw_trace, styles
-from experiments.figures.study.drawing import OVER_SEEDS, draw_line, only_these, panels, plain_log
-from experiments.figures.style import OPTIMIZERS, RC, Style
+from experiments.figures.curves import Runs, add_legend, loss_against_epochs, loss_against_seconds, plain_log
+from experiments.figures.figures import panels, set_title
+from experiments.figures.study.arms import draw_ratios, draw_trace, styles
+from experiments.figures.study.drawing import NORMAL, OVER_SEEDS, WIDE, draw_line, only_these
+from experiments.figures.style import OPTIMIZERS, Style
 
 MLP = "64-layer linear MLP"
 
 
 def damping_figure(
-    weights: Mapping[str, pd.DataFrame], lambdas: Mapping[str, pd.DataFrame], shown: Arms
+    weights: Mapping[str, pd.DataFrame], lambdas: Mapping[str, pd.DataFrame], shown: Runs
 ) -> Figure:
     """Four panels: final loss against the correction's weight and against λ, ν and the correction's length.
 
@@ -27,8 +26,7 @@ def damping_figure(
         shown: the trainings whose diagnostics are drawn, by the names of ``weights``.
     """
     looks = styles(list(weights))
-    with matplotlib.rc_context(RC):
-        figure, ((by_weight, by_lambda), (nu, length)) = panels(2, 2)
+    with panels(2, 2, NORMAL) as (figure, ((by_weight, by_lambda), (nu, length))):
         for name, table in weights.items():
             _draw_table(by_weight, table, "weight", looks[name])
         for (name, table), key in zip(lambdas.items(), ("kfac", "two_level_kfac"), strict=True):
@@ -48,7 +46,7 @@ def damping_figure(
     return figure
 
 
-def tuning_figure(tables: Mapping[str, pd.DataFrame], arms: Arms, variants: Arms) -> Figure:
+def tuning_figure(tables: Mapping[str, pd.DataFrame], arms: Runs, variants: Runs) -> Figure:
     """Four panels: final loss against η, the variants' final losses, each line's best against epochs and seconds.
 
     Args:
@@ -59,8 +57,7 @@ def tuning_figure(tables: Mapping[str, pd.DataFrame], arms: Arms, variants: Arms
     colors = (OPTIMIZERS["kfac"], OPTIMIZERS["two_level_kfac"], Style("", "#009E73", "-."))
     looks = {name: style._replace(label=name) for name, style in zip(tables, colors, strict=True)}
     of_arms = {arm: looks[name]._replace(label=arm) for arm, name in zip(arms, tables, strict=True)}
-    with matplotlib.rc_context(RC):
-        figure, ((line, ratios), (epochs, seconds)) = panels(2, 2, stretch=1.4)
+    with panels(2, 2, WIDE) as (figure, ((line, ratios), (epochs, seconds))):
         for name, table in tables.items():
             _draw_table(line, table, "lr", looks[name])
         plain_log(line, "xy")
@@ -71,9 +68,8 @@ def tuning_figure(tables: Mapping[str, pd.DataFrame], arms: Arms, variants: Arms
         set_title(line, MLP, "other settings: winners of the grid")
         draw_ratios(ratios, variants, styles(list(variants)))
         set_title(ratios, "variants at the settings that", "won the grid for one level")
-        curves = as_optimizers(arms)
-        loss_against_epochs(epochs, curves, styles=of_arms)
-        loss_against_seconds(seconds, curves, styles=of_arms)
+        loss_against_epochs(epochs, arms, styles=of_arms)
+        loss_against_seconds(seconds, arms, styles=of_arms)
     return figure
 
 
@@ -82,8 +78,7 @@ def depth_figure(table: pd.DataFrame) -> Figure:
     ``table``: a ``ratio_row`` per ``net`` and ``depth``."""
     looks = styles(list(dict.fromkeys(table["net"])))
     lost = table[["first_diverged", "first_slow", "second_diverged", "second_slow"]].sum(axis=1)
-    with matplotlib.rc_context(RC):
-        figure, ((ratio, loss),) = panels(1, 2, stretch=1.4)
+    with panels(1, 2, WIDE) as (figure, ((ratio, loss),)):
         for name, style in looks.items():
             own = table.loc[table["net"] == name]
             trained = own.loc[lost == 0]
@@ -110,8 +105,7 @@ def convolutions_figure(coarse: pd.DataFrame, numbers: Mapping[str, str], remark
         "kronecker": Style("Kronecker", OPTIMIZERS["two_level_kfac"].color, "--"),
         "exact": Style("exact", "#009E73", "-"),
     }
-    with matplotlib.rc_context(RC):
-        figure, (row,) = panels(1, 3)
+    with panels(1, 3, NORMAL) as (figure, (row,)):
         for axes, value in zip(
             row, ("normalised_off_diagonal", "distance", "negative_eigenvalues"), strict=True
         ):

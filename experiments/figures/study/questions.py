@@ -6,10 +6,11 @@ from typing import NamedTuple
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.figures.long_table import record_labels
+from experiments.figures.curves import Runs
+from experiments.figures.grid import labels_of
 from experiments.figures.markdown import mean_with_interval, plain
-from experiments.figures.statistics import final_losses, paired_difference
-from experiments.figures.study.arms import RULE, Arms, arm_markdown, arm_table, arms_figure
+from experiments.figures.statistics import paired_difference
+from experiments.figures.study.arms import RULE, arm_markdown, arm_table, arms_figure
 from experiments.figures.study.lines import (
     NEAR_BEST,
     best_of,
@@ -38,7 +39,7 @@ from experiments.figures.study.question_figures import (
     tuning_figure,
 )
 from experiments.figures.study.records import Study
-from experiments.records import PCG_LIMIT
+from experiments.records import PCG_LIMIT, Run
 from experiments.study.arms import (
     BELOW_THE_GRID,
     CONVOLUTIONS,
@@ -126,14 +127,14 @@ def equal_tuning(study: Study) -> Answer:
 
 def depth(study: Study) -> Answer:
     rows = [
-        {"net": net, "depth": deep} | ratio_row(study.curves(two), study.curves(one))
+        {"net": net, "depth": deep} | ratio_row(study.run(two), study.run(one))
         for net, depths in DEPTHS.items()
         for deep, (one, two) in depths.items()
     ]
     net = next(iter(DEPTHS))
     for deep, weak in WEAKLY_DAMPED.items():
         _, two = DEPTHS[net][deep]
-        row = ratio_row(study.curves(two), study.curves(weak))
+        row = ratio_row(study.run(two), study.run(weak))
         rows.append({"net": f"{net}; one level at λ {WEAK_LAMBDA:g}", "depth": deep} | row)
     table = pd.DataFrame(rows)
     text = ratio_markdown(table, {"net": "net", "depth": "depth"}, ("two levels", "one level"))
@@ -169,7 +170,7 @@ def convolutions(study: Study) -> Answer:
         "cosine": "cosine with exact",
         "negative_eigenvalues": "negative eigenvalues",
     }
-    remarks = record_labels(coarse)
+    remarks = labels_of(coarse)
     parts = [f"**{remark}**" for remark in remarks]
     parts.append(f"Medians over {coarse['seed'].nunique()} seeds, and ranges.")
     parts.append(coarse_markdown(coarse, ["epoch"], numbers))
@@ -215,13 +216,13 @@ def _microscope_parts(tables: Mapping[str, pd.DataFrame], trained: str) -> list[
     return [*parts, spectrum_markdown(tables["spectrum"], LAMBDA)]
 
 
-def _arms_answer(arms: Arms) -> Answer:
+def _arms_answer(arms: Runs) -> Answer:
     baselines = [ONE_LEVEL, FULL]
     text = f"{RULE}\n\n{arm_markdown(arm_table(arms, baselines), baselines)}"
     return Answer(text, arms_figure(arms, f"{MLP}, the paper's settings"))
 
 
-def _best_of_everything(study: Study, lines: Mapping[str, Mapping[float, pd.DataFrame]]) -> list[str]:
+def _best_of_everything(study: Study, lines: Mapping[str, Mapping[float, Run]]) -> list[str]:
     """Each level's best when λ may go below the paper's grid."""
     arms = {}
     for name, own in BELOW_THE_GRID.items():
@@ -256,9 +257,9 @@ def _span(values: list[float]) -> str:
     return f"{listed} (a factor of {max(values) / min(values):.0f})"
 
 
-def _best_pairs(arms: Arms) -> str:
+def _best_pairs(arms: Runs) -> str:
     names = list(arms)
-    losses = {name: final_losses(curves) for name, curves in arms.items()}
+    losses = {name: run.final_losses() for name, run in arms.items()}
     lines = []
     for name in names[1:]:
         for which, seeds in (("all seeds", range(10)), ("seeds 5 to 9", range(5, 10))):

@@ -1,4 +1,4 @@
-"""The study's records: its arms' curves, and tables of measurements."""
+"""The study's records: its arms' runs, and tables of measurements."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,8 +6,7 @@ from typing import TypeVar
 
 import pandas as pd
 
-from experiments.figures.long_table import load_records
-from experiments.records import NoRecordsError, load_measurement
+from experiments.records import NoRecordsError, Run, load_measurement, load_runs
 from experiments.study.arms import Arm
 
 K = TypeVar("K")
@@ -18,29 +17,28 @@ class Study:
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
-        self._curves: dict[Arm, pd.DataFrame] = {}
+        self._runs: dict[Arm, Run] = {}
 
-    def curves(self, arm: Arm) -> pd.DataFrame:
-        """An arm's record, as ``load_records`` returns it.
+    def run(self, arm: Arm) -> Run:
+        """An arm's record.
 
         Raises:
             NoRecordsError: it is not there, or not finished.
-            RecordError: it is damaged, see ``load_records``.
+            RecordError: it is damaged, see ``load_runs``.
         """
-        if arm not in self._curves:
+        if arm not in self._runs:
             try:
-                self._curves[arm] = load_records(
-                    self.root, arm.problem, optimizer=arm.optimizer, variant=arm.variant
-                )
+                found = load_runs(self.root, arm.problem, optimizer=arm.optimizer, variant=arm.variant)
+                self._runs[arm] = found[arm.optimizer]
             except NoRecordsError:
                 where = self.root / arm.problem / arm.optimizer / arm.variant
                 message = f"no finished training of the study in {where}; make it with: make study"
                 raise NoRecordsError(message) from None
-        return self._curves[arm]
+        return self._runs[arm]
 
-    def arms(self, arms: Mapping[K, Arm]) -> dict[K, pd.DataFrame]:
+    def arms(self, arms: Mapping[K, Arm]) -> dict[K, Run]:
         """The records of several arms, by the same names."""
-        return {name: self.curves(arm) for name, arm in arms.items()}
+        return {name: self.run(arm) for name, arm in arms.items()}
 
     def measurement(self, kind: str, group: str, table: str) -> pd.DataFrame:
         """See ``load_measurement``."""

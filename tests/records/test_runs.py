@@ -1,4 +1,5 @@
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -6,7 +7,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from experiments.figures import NoRecordsError, RecordError, load_records, seed_table
+from experiments.records import NoRecordsError, Record, RecordError, Run, find_runs, load_runs
 
 PROBLEM = "resnet20_cifar10_preview"
 Write = Callable[..., Path]
@@ -27,18 +28,18 @@ def test_seeds_are_merged_into_their_variant(
 ) -> None:
     write_resnet("sgd", seeds=[0, 2, 10])
     write_resnet("sgd", variant="batch_size=128", seeds=[0])
-    frame = load_records(tmp_path / "runs", PROBLEM)
-    assert list(frame["seed"].unique()) == [0, 2, 10]
-    assert set(frame["variant"]) == {"paper"}
-    assert set(frame["replicas"]) == {1}
-    assert len(frame) == 3 * 6
-    every = load_records(tmp_path / "runs", PROBLEM, variant=None)
-    assert set(every["variant"]) == {"paper", "batch_size=128"}
+    run = load_runs(tmp_path / "runs", PROBLEM)["sgd"]
+    assert list(run.curves["seed"].unique()) == run.seeds == [0, 2, 10]
+    assert run.variant == "paper"
+    assert run.replicas == [1, 1, 1]
+    assert (len(run.curves), run.epochs) == (3 * 6, 6)
+    assert {each.variant for each in find_runs(tmp_path / "runs", PROBLEM)} == {"paper", "batch_size=128"}
+    assert run.of_seeds([2, 3]).table("seconds").equals(run.table("seconds")[[2]])
     write_record("sgd", problem="side_by_side", epochs=6, seeds=[0, 2, 10])
-    together = load_records(tmp_path / "runs", "side_by_side")
-    assert set(together["replicas"]) == {3}
+    together = load_runs(tmp_path / "runs", "side_by_side")["sgd"]
+    assert together.replicas == [3]
     for metric in ("train_loss", "test_accuracy", "seconds"):
-        assert seed_table(frame, metric).equals(seed_table(together, metric))
+        assert run.table(metric).equals(together.table(metric))
 
 
 def test_unfinished_seeds_are_left_out(write_resnet: Write, tmp_path: Path) -> None:
@@ -47,10 +48,9 @@ def test_unfinished_seeds_are_left_out(write_resnet: Write, tmp_path: Path) -> N
     change(unfinished, complete=False)
     (unfinished.with_name("seed=3")).mkdir()  # started, before its first file
     with pytest.warns(UserWarning, match="unfinished records") as warned:
-        frame = load_records(tmp_path / "runs", PROBLEM)
+        runs = load_runs(tmp_path / "runs", PROBLEM)
     assert str(unfinished) in str(warned[0].message)
-    seeds = frame.groupby("optimizer")["seed"].agg(set)
-    assert seeds.to_dict() == {"sgd": {0, 2}, "adam": {0, 1, 2}}
+    assert {name: run.seeds for name, run in runs.items()} == {"sgd": [0, 2], "adam": [0, 1, 2]}
 
 
 def test_an_unfinished_seed_does_not_look_diverged(write_resnet: Write, tmp_path: Path) -> None:
@@ -58,8 +58,7 @@ def test_an_unfinished_seed_does_not_look_diverged(write_resnet: Write, tmp_path
     curves = pd.read_csv(unfinished / "curves.csv")
     curves[curves["epoch"] <= 4].to_csv(unfinished / "curves.csv", index=False)
     change(unfinished, complete=False)
-    frame = load_records(tmp_path / "runs", PROBLEM, allow_incomplete=True)
-    losses = seed_table(frame, "train_loss")
+    losses = load_runs(tmp_path / "runs", PROBLEM, allow_incomplete=True)["sgd"].table("train_loss")
     assert losses.shape == (4, 3)
     assert losses.notna().all(axis=None)
 
@@ -68,17 +67,17 @@ def test_a_seed_in_the_wrong_directory(write_resnet: Write, tmp_path: Path) -> N
     path = write_resnet("sgd", seeds=[0])
     (path / "seed=0").rename(path / "seed=1")
     with pytest.raises(RecordError, match=r"seed=1: the record inside has the seeds \[0\]"):
-        load_records(tmp_path / "runs", PROBLEM)
+        load_runs(tmp_path / "runs", PROBLEM)
     path.rename(path.parent.with_name("adam"))
     with pytest.raises(RecordError, match=r"seed=1: the record inside is of .* optimizer 'sgd'"):
-        load_records(tmp_path / "runs", PROBLEM, variant=None)
+        find_runs(tmp_path / "runs", PROBLEM)
 
 
 def test_a_seed_that_is_there_twice(write_resnet: Write, write_record: Write, tmp_path: Path) -> None:
     write_record("sgd", problem=PROBLEM, epochs=6, seeds=[3, 4])
     own = write_resnet("sgd", seeds=[4])
     with pytest.raises(RecordError, match="seed 4 is in both") as caught:
-        load_records(tmp_path / "runs", PROBLEM)
+        load_runs(tmp_path / "runs", PROBLEM)
     assert str(own / "seed=4") in str(caught.value)
 
 
@@ -93,22 +92,22 @@ def test_seeds_of_other_settings_are_not_mixed(
     path = write_resnet("sgd", seeds=[0, 1])
     change_config(path / "seed=1", key, **value)
     with pytest.raises(RecordError, match=r"seed=0 and .*seed=1 were trained with different settings"):
-        load_records(tmp_path / "runs", PROBLEM)
+        load_runs(tmp_path / "runs", PROBLEM)
 
 
 def test_seeds_of_other_machines_are_merged(write_resnet: Write, tmp_path: Path) -> None:
     path = write_resnet("sgd", seeds=[0, 1])
     change_config(path / "seed=1", "training", autocast=True)
     change(path / "seed=1", device="some GPU")
-    frame = load_records(tmp_path / "runs", PROBLEM)
-    assert frame.groupby("seed")["device"].first().to_dict() == {0: "cpu", 1: "some GPU"}
+    run = load_runs(tmp_path / "runs", PROBLEM)["sgd"]
+    assert run.machines == "cpu, 1 thread / some GPU, 1 thread"
 
 
 def test_a_damaged_seed_is_named(write_resnet: Write, tmp_path: Path) -> None:
     path = write_resnet("sgd", seeds=[0, 1]) / "seed=1" / "curves.csv"
     path.write_text(path.read_text()[:-3])
     with pytest.raises(RecordError, match=r"seed=1.* last line is cut off"):
-        load_records(tmp_path / "runs", PROBLEM)
+        load_runs(tmp_path / "runs", PROBLEM)
 
 
 @pytest.mark.filterwarnings("ignore:skipped unfinished")
@@ -117,8 +116,33 @@ def test_hints_where_there_is_nothing(write_resnet: Write, tmp_path: Path) -> No
     write_resnet("sgd", variant="lr=0.1", seeds=[0], complete=False)
     command = rf"python -m experiments\.train -m problem={PROBLEM} optimizer=sgd"
     with pytest.raises(NoRecordsError, match=rf"\(there is: batch_size=128; lr=0\.1\); .*{command}"):
-        load_records(tmp_path / "runs", PROBLEM)
+        load_runs(tmp_path / "runs", PROBLEM)
     with pytest.raises(NoRecordsError, match=f"no finished records.* resumes them: {command}"):
-        load_records(tmp_path / "runs", PROBLEM, variant="lr=0.1")
+        load_runs(tmp_path / "runs", PROBLEM, variant="lr=0.1")
     with pytest.raises(NoRecordsError, match=f"no records in .*paper; make them with: {command}"):
-        load_records(tmp_path / "elsewhere", PROBLEM)
+        load_runs(tmp_path / "elsewhere", PROBLEM)
+
+
+def test_a_table_masks_every_metric_of_a_seed_whose_training_loss_diverged() -> None:
+    curves = pd.DataFrame(
+        {
+            "seed": [0, 1, 0, 1, 0, 1],
+            "epoch": [1, 1, 2, 2, 3, 3],
+            "train_loss": [0.5, 0.6, 0.4, math.nan, 0.3, 0.5],
+            "test_loss": [math.inf, 0.7, 0.5, 0.6, 0.4, 0.5],
+            "test_accuracy": [0.7, 0.6, 0.8, 0.5, 0.9, 0.5],
+        }
+    )
+    run = Run([Record(Path("sgd/paper"), curves, {})])
+    accuracy = run.table("test_accuracy")
+    assert accuracy[0].tolist() == [0.7, 0.8, 0.9]
+    assert accuracy[1].isna().tolist() == [False, True, True]
+    assert run.table("test_loss")[0].isna().tolist() == [True, True, True]
+    assert run.final_losses().isna().tolist() == [False, True]
+
+
+def test_failures_are_counted_over_seeds() -> None:
+    curves = pd.DataFrame({"seed": [0, 0, 1, 1], "epoch": [1, 2, 1, 2], "failed_inverses": [0, 2, 1, 1]})
+    run = Run([Record(Path("kfac/paper"), curves.assign(rejected_samples=0), {})])
+    assert run.failures == "3 inverses that could not be computed"
+    assert Run([Record(Path("sgd/paper"), curves.drop(columns="failed_inverses"), {})]).failures == ""

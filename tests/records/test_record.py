@@ -1,4 +1,3 @@
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.figures import NoRecordsError, RecordError, load_record, load_records
+from experiments.records import NoRecordsError, RecordError, find_runs, load_record, load_runs
 
 
 def test_record_properties(write_record: Callable[..., Path]) -> None:
@@ -16,24 +15,29 @@ def test_record_properties(write_record: Callable[..., Path]) -> None:
     assert len(record.curves) == 5 * 3
 
 
-def test_long_table(write_record: Callable[..., Path], tmp_path: Path) -> None:
+def test_runs_of_a_problem(write_record: Callable[..., Path], tmp_path: Path) -> None:
     write_record("sgd", epochs=2)
     write_record("kfac", epochs=2, edit=lambda curves: curves.insert(8, "nu", 0.5))
     write_record("kfac", epochs=2, variant="optimizer.lr=0.01,seeds=[0,1]")
-    frame = load_records(tmp_path / "runs", "deep_linear_mlp")
-    assert Counter(frame["optimizer"]) == {"sgd": 10, "kfac": 10}
-    assert set(frame["variant"]) == {"paper"}
-    assert np.isfinite(frame["nu"].to_numpy()).sum() == 10
-    every = load_records(tmp_path / "runs", "deep_linear_mlp", variant=None)
-    assert len(every) == 30
+    runs = load_runs(tmp_path / "runs", "deep_linear_mlp")
+    assert {name: len(run.curves) for name, run in runs.items()} == {"sgd": 10, "kfac": 10}
+    assert {run.variant for run in runs.values()} == {"paper"}
+    assert np.isfinite(runs["kfac"].table("nu").to_numpy()).sum() == 10
+    assert runs["sgd"].table("nu").isna().all(axis=None)
     name = "optimizer.lr=0.01,seeds=[0,1]"
-    one = load_records(tmp_path / "runs", "deep_linear_mlp", variant=name)
-    assert set(one["variant"]) == {name}
+    every = find_runs(tmp_path / "runs", "deep_linear_mlp")
+    assert [(run.optimizer, run.variant) for run in every] == [
+        ("kfac", name),
+        ("kfac", "paper"),
+        ("sgd", "paper"),
+    ]
+    (one,) = load_runs(tmp_path / "runs", "deep_linear_mlp", variant=name).values()
+    assert one.variant == name
 
 
 def test_nothing_found_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(NoRecordsError, match=r"python -m experiments\.train .*deep_linear_mlp"):
-        load_records(tmp_path, "deep_linear_mlp")
+        load_runs(tmp_path, "deep_linear_mlp")
 
 
 def test_incomplete_records_are_skipped_with_a_warning(
@@ -44,22 +48,19 @@ def test_incomplete_records_are_skipped_with_a_warning(
     just_started = write_record("kfac", epochs=2, complete=False)
     (just_started / "curves.csv").unlink()
     with pytest.warns(UserWarning, match="unfinished records") as warned:
-        frame = load_records(tmp_path / "runs", "deep_linear_mlp")
+        runs = load_runs(tmp_path / "runs", "deep_linear_mlp")
     assert str(path) in str(warned[0].message)
-    assert set(frame["optimizer"]) == {"sgd"}
+    assert set(runs) == {"sgd"}
     with pytest.warns(UserWarning, match="kfac"):
-        frame = load_records(tmp_path / "runs", "deep_linear_mlp", allow_incomplete=True)
-    assert dict(zip(frame["optimizer"], frame["complete"], strict=True)) == {
-        "sgd": True,
-        "adam": False,
-    }
+        runs = load_runs(tmp_path / "runs", "deep_linear_mlp", allow_incomplete=True)
+    assert {name: run.remarks for name, run in runs.items()} == {"sgd": "", "adam": "incomplete"}
 
 
 @pytest.mark.filterwarnings("ignore:skipped unfinished")
 def test_only_incomplete_records(write_record: Callable[..., Path], tmp_path: Path) -> None:
     write_record("sgd", epochs=2, complete=False)
     with pytest.raises(NoRecordsError, match="no finished records"):
-        load_records(tmp_path / "runs", "deep_linear_mlp")
+        load_runs(tmp_path / "runs", "deep_linear_mlp")
 
 
 def test_diverged_seeds_are_read(write_record: Callable[..., Path]) -> None:
@@ -122,11 +123,11 @@ def test_half_a_record(write_record: Callable[..., Path], tmp_path: Path) -> Non
     path = write_record(epochs=3)
     (path / "provenance.json").unlink()
     with pytest.raises(NoRecordsError, match=r"provenance\.json does not exist"):
-        load_records(tmp_path / "runs", "deep_linear_mlp")
+        load_runs(tmp_path / "runs", "deep_linear_mlp")
 
 
 def test_a_record_in_the_wrong_directory(write_record: Callable[..., Path], tmp_path: Path) -> None:
     path = write_record("sgd", epochs=2)
     path.parent.rename(path.parent.with_name("adam"))
     with pytest.raises(RecordError, match="optimizer 'sgd'"):
-        load_records(tmp_path / "runs", "deep_linear_mlp")
+        load_runs(tmp_path / "runs", "deep_linear_mlp")

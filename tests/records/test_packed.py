@@ -9,8 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments.figures import RecordError, load_record, load_records
-from experiments.records import load_measurement
+from experiments.records import RecordError, load_measurement, load_record, load_runs
 from tests.figures.conftest import write_files
 
 Write = Callable[..., Path]
@@ -53,8 +52,7 @@ def test_what_is_there_or_unfinished_is_left_alone(
     assert "not finished, not copied" in out
     write_resnet("sgd", seeds=[0, 2])
     resnets = keep(tmp_path, "resnet20_cifar10_preview")
-    frame = load_records(resnets.parent, resnets.name)
-    assert set(frame["seed"]) == {0, 2}
+    assert load_runs(resnets.parent, resnets.name)["sgd"].seeds == [0, 2]
 
 
 def test_plain_curves_come_before_packed_ones(write_record: Write, tmp_path: Path) -> None:

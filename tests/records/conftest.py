@@ -1,0 +1,1 @@
+from tests.figures.conftest import write_record, write_resnet  # noqa: F401
