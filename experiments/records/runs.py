@@ -89,7 +89,8 @@ class Run:
 
     def of_seeds(self, seeds: Iterable[int]) -> "Run":
         """The run without its other seeds."""
-        kept = [replace(r, curves=r.curves.loc[r.curves["seed"].isin(list(seeds))]) for r in self.records]
+        wanted = list(seeds)
+        kept = [replace(r, curves=r.curves.loc[r.curves["seed"].isin(wanted)]) for r in self.records]
         return Run([record for record in kept if len(record.curves)])
 
     def table(self, metric: str) -> pd.DataFrame:
