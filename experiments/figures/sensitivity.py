@@ -26,13 +26,9 @@ def best_of_each_rate(table: pd.DataFrame) -> pd.DataFrame:
 def at_paper_settings(table: pd.DataFrame) -> pd.DataFrame:
     """Of ``grid_table``'s rows those whose settings other than the learning rate are the paper's."""
     others = [name for name in setting_names(table) if name != "lr"]
-    settings = (
-        table[["optimizer", *others]].astype(object).fillna("none")
-    )  # an optimizer that has no such setting
-    paper = set(settings.loc[table["variant"] == PAPER].itertuples(index=False, name=None))
-    rows = table.loc[[row in paper for row in settings.itertuples(index=False, name=None)]].dropna(
-        subset="median"
-    )
+    known = table.astype(object).fillna("none")  # an optimizer may lack a setting
+    settings = pd.Series(list(known[["optimizer", *others]].itertuples(index=False, name=None)), table.index)
+    rows = table.loc[settings.isin(settings[table["variant"] == PAPER])].dropna(subset="median")
     return rows.sort_values(["optimizer", "lr"], ignore_index=True)
 
 

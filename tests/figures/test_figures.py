@@ -1,4 +1,5 @@
 import math
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,3 +139,16 @@ def test_saved_bytes_are_the_same_every_time(runs: Runs, tmp_path: Path) -> None
     assert [path.name for path in once] == ["figure1.pdf", "figure1.png"]
     assert [path.read_bytes() for path in once] == [path.read_bytes() for path in again]
     assert b"CreationDate" not in once[0].read_bytes()
+
+
+def test_a_new_figure_is_one_short_script(
+    write_record: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_record("kfac", epochs=4)
+    write_record("kfac", variant="damping=0.001", epochs=4)
+    script = Path(__file__).with_name("a_figure_of_ones_own.py")
+    assert len(script.read_text().splitlines()) <= 20
+    monkeypatch.setattr("sys.argv", [str(script), str(tmp_path / "runs"), str(tmp_path / "drawn")])
+    figure = runpy.run_path(str(script))["figure"]
+    assert legend(figure.axes[1]) == ["damping=0.001", "paper"]
+    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"one_level.pdf", "one_level.png"}
