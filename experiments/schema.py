@@ -11,6 +11,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from experiments.recipes import register_recipes
 from experiments.study.arms import TRAININGS, Arm
 from experiments.training.trainer import TrainingSettings
 
@@ -65,6 +66,8 @@ class SGDConfig(FirstOrderConfig):
 
 @dataclass
 class AdamConfig(FirstOrderConfig):
+    """``momentum`` is Adam's beta_1."""
+
     _target_: str = "kfac2.optim.first_order.Adam"
     name: str = "adam"
 
@@ -101,6 +104,9 @@ class TwoLevelVariantConfig(KFACConfig):
     name: str = "two_level_variant"
     coarse: str = "full"
     coarse_weight: float = 1.0
+
+
+OPTIMIZERS = (SGDConfig, AdamConfig, KFACConfig, TwoLevelKFACConfig, TwoLevelVariantConfig)
 
 
 @dataclass
@@ -184,11 +190,17 @@ def register() -> None:
     store.store(name="train_schema", node=TrainConfig)
     store.store(group="schema/problem", name="deep_linear_mlp", node=DeepLinearMLPConfig)
     store.store(group="schema/problem", name="cifar_resnet", node=CifarResNetConfig)
-    store.repo["arm"] = Shared()
+    store.repo |= {"arm": Shared(), "recipe": Shared()}
     for arm in TRAININGS:
         store.store(group="arm", name=arm.name, node=arm_config(arm), package="_global_")
-    for config in (SGDConfig, AdamConfig, KFACConfig, TwoLevelKFACConfig, TwoLevelVariantConfig):
-        store.store(group="schema/optimizer", name=config.name, node=config)
+    for config in OPTIMIZERS:
+        store.store(group="optimizer", name=config.name, node=config)
+    register_recipes({config.name: lineage(config) for config in OPTIMIZERS})
+
+
+def lineage(config: type[FirstOrderConfig]) -> list[str]:
+    """The names of the optimizers whose settings it extends, and its own, last."""
+    return [base.name for base in reversed(config.__mro__) if getattr(base, "name", MISSING) != MISSING]
 
 
 class Shared(dict):

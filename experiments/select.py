@@ -26,9 +26,9 @@ from experiments.figures.grid import (
     winners,
     winning_runs,
 )
-from experiments.figures.style import OPTIMIZERS
 from experiments.identity import identity, run_path
 from experiments.overrides import GROUPS, check_overrides, composed, members, parsed
+from experiments.paper import OPTIMIZERS
 from experiments.records import shared_settings
 from experiments.schema import check_settings
 from experiments.train import run_directories

@@ -8,8 +8,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 
-from experiments.study.arms import CONVOLUTIONS, MICROSCOPE, Arm
+from experiments.study.arms import CONVOLUTIONS, MICROSCOPE, TRAININGS, Arm
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,7 +23,7 @@ def one_by_one(arm: Arm) -> list[str]:
 
 
 STEPS = [
-    ("experiments.train", ["arm=glob(*)"]),
+    ("experiments.train", [f"arm={','.join(arm.name for arm in TRAININGS)}"]),
     *[("experiments.microscope", one_by_one(arm)) for arm in MICROSCOPE.values()],
     ("experiments.coarse_matrix", one_by_one(CONVOLUTIONS)),
 ]
@@ -34,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     failed = []
     for module, overrides in STEPS:
         arguments = ["-m", *overrides, "hydra/launcher=processes", *settings]
-        print(f"python -m {module} {' '.join(arguments)}", flush=True)
+        print(shorten(f"python -m {module} {' '.join(arguments)}", 200, placeholder=" ..."), flush=True)
         command = [sys.executable, "-m", module, *arguments]
         if subprocess.run(command, cwd=ROOT, check=False).returncode:
-            failed.append(f"{module} {' '.join(overrides)}")
+            failed.append(module)
     if failed:
         raise SystemExit(f"failed, the other steps are done: {'; '.join(failed)}")
 

@@ -13,12 +13,18 @@ ALLOWED = {
     "kfac2.nn": set(),
     "kfac2.optim": {"kfac2.curvature", "kfac2.nn"},
     "experiments.problems": {"kfac2.nn"},
+    "experiments.paper": set(),
     "experiments.records": set(),
     "experiments.training": {"experiments.records"},
-    "experiments.figures": {"experiments.records", "experiments.study"},  # of the study its arms: no torch
+    # Of the study its arms: no torch.
+    "experiments.figures": {"experiments.paper", "experiments.records", "experiments.study"},
     "experiments.study": {"experiments.records", "kfac2.curvature", "kfac2.nn", "kfac2.optim"},
 }
-ENTRY_POINTS = sorted(f"experiments/{path.name}" for path in (ROOT / "experiments").glob("*.py"))
+ENTRY_POINTS = sorted(
+    f"experiments/{path.name}"
+    for path in (ROOT / "experiments").glob("*.py")
+    if f"experiments.{path.stem}" not in ALLOWED
+)
 LIBRARIES = {
     "experiments.records": {"numpy", "pandas"},
     "experiments.figures": {"matplotlib", "numpy", "pandas", "scipy"},

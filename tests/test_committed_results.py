@@ -9,8 +9,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from experiments import select
-from experiments.figures.style import OPTIMIZERS
 from experiments.identity import run_path
+from experiments.paper import OPTIMIZERS
 from experiments.train import CONFIGS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -36,7 +36,7 @@ def add_resnet_arguments(parser: argparse.ArgumentParser) -> None:
         help="directory of the committed records; may be missing",
     )
     parser.add_argument(
-        "--scale", choices=SCALES, help="of the ResNet (default: the largest with all four optimizers)"
+        "--scale", choices=SCALES, help="of the ResNet (default: the first with all four optimizers)"
     )
 
 

@@ -1,4 +1,4 @@
-"""The ResNet experiment comes at three scales; which one there is to draw."""
+"""The ResNet experiment comes at four scales; which one there is to draw."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.figures.curves import Runs
-from experiments.figures.style import OPTIMIZERS
+from experiments.paper import OPTIMIZERS
 from experiments.records import NoRecordsError
 
 
@@ -18,8 +18,9 @@ class Scale(NamedTuple):
     seeds: int
 
 
-SCALES = {  # largest first
+SCALES = {  # preferred first
     "full": Scale("resnet110_cifar10", "ResNet110 / CIFAR10", 5),
+    "short": Scale("resnet110_cifar10_short", "ResNet110 / CIFAR10", 3),
     "reduced": Scale("resnet110_cifar10_reduced", "ResNet110 / CIFAR10", 3),
     "preview": Scale("resnet20_cifar10_preview", "ResNet20 / CIFAR10", 5),
 }
@@ -41,11 +42,11 @@ def find_resnet(read: Read, records: Path, reference: Path, scale: str | None = 
         read: ``read(root, problem)`` returns runs or raises ``NoRecordsError``.
         records: the directory to look in first.
         reference: the directory to look in where ``records`` has none.
-        scale: the wanted one of ``SCALES``. Where neither directory has it, and for None: the largest
-            scale with all of the paper's optimizers, else the largest that there is.
+        scale: the wanted one of ``SCALES``. Where neither directory has it, and for None: the first
+            scale with all of the paper's optimizers, else the first that there is.
 
     Raises:
-        NoRecordsError: no directory has any; of the wanted scale, or the smallest.
+        NoRecordsError: no directory has any; of the wanted scale, or the last.
     """
     for root, name, needs_all in _places(records, reference, scale):
         try:

@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 
 from experiments import select
 from experiments.figures.grid import Winner
-from experiments.figures.style import OPTIMIZERS
 from experiments.identity import run_path
 from experiments.overrides import check_overrides
+from experiments.paper import OPTIMIZERS
 from experiments.schema import processes
 from experiments.select import Grid, expand
 from experiments.train import CONFIGS, build_training, run_directories, train

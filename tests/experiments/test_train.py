@@ -24,8 +24,13 @@ from tests.problems.cifar_files import write_parquet
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CLASSES = {"sgd": SGD, "adam": Adam, "kfac": KFAC, "two_level_kfac": TwoLevelKFAC}
-SCALES = ["resnet110_cifar10", "resnet110_cifar10_reduced", "resnet20_cifar10_preview"]
-PREVIEW = SCALES[2]
+SCALES = [
+    "resnet110_cifar10",
+    "resnet110_cifar10_reduced",
+    "resnet20_cifar10_preview",
+    "resnet110_cifar10_short",
+]
+PREVIEW, SHORT = SCALES[2:]
 TINY = ["problem.depth=2", "problem.train_samples=64", "problem.test_samples=8"]
 
 
@@ -61,7 +66,7 @@ def test_every_pair_composes_with_the_paper_s_values(name: str) -> None:
 @pytest.mark.usefixtures("hydra")
 @pytest.mark.parametrize(
     ("problem", "epochs", "intervals"),
-    [(SCALES[0], 100, (200, 2000)), (SCALES[1], 15, (10, 30)), (PREVIEW, 6, (4, 12))],
+    [(SCALES[0], 100, (200, 2000)), (SCALES[1], 15, (10, 30)), (PREVIEW, 6, (4, 12)), (SHORT, 10, (20, 200))],
 )
 @pytest.mark.parametrize("name", CLASSES)
 def test_resnets_compose_with_the_paper_s_values(
@@ -76,7 +81,9 @@ def test_resnets_compose_with_the_paper_s_values(
     assert training.channels_last == (problem != SCALES[0])
     assert training.autocast == (problem != SCALES[0] and fast_bfloat16("cpu"))
     (scale,) = (scale for scale in scales.SCALES.values() if scale.problem == problem)
-    assert settings.seeds == list(range(scale.seeds)) == list(range(3 if problem == SCALES[1] else 5))
+    assert (
+        settings.seeds == list(range(scale.seeds)) == list(range(3 if problem in (SCALES[1], SHORT) else 5))
+    )
     if "kfac" in name:
         assert (optimizer.damping, optimizer.kl_clip, optimizer.inverse) == (1e-3, 1e-2, "tikhonov")
         assert (optimizer.factor_interval, optimizer.inverse_interval) == intervals
@@ -89,6 +96,8 @@ def test_resnets_compose_with_the_paper_s_values(
         (SCALES[0], 110, None, None, None),
         (SCALES[1], 110, 5000, 2000, "reduced: ResNet110, 5,000 images, 15 epochs"),
         (PREVIEW, 20, 5000, 2000, "preview: ResNet20, 5,000 images, 6 epochs"),
+        (SHORT, 110, None, None, "short: ResNet110, all images, 10 epochs"),
+        ("resnet20_cifar10_short", 20, None, None, "short: ResNet20, all images, 8 epochs"),
     ],
 )
 def test_scales(
@@ -103,7 +112,13 @@ def test_scales(
 @pytest.mark.usefixtures("hydra")
 @pytest.mark.parametrize(
     ("problem", "iterations", "factors", "inverses"),
-    [(SCALES[0], 39_100, 196, 20), (SCALES[1], 600, 60, 20), (PREVIEW, 240, 60, 20)],
+    [
+        (SCALES[0], 39_100, 196, 20),
+        (SCALES[1], 600, 60, 20),
+        (PREVIEW, 240, 60, 20),
+        (SHORT, 3_910, 196, 20),
+        ("resnet20_cifar10_short", 3_128, 157, 16),
+    ],
 )
 def test_number_of_refreshes(
     problem: str, iterations: int, factors: int, inverses: int, monkeypatch: pytest.MonkeyPatch

@@ -1,8 +1,9 @@
-"""What make runs, with a stand-in for python that writes down its arguments."""
+"""What make runs, and what scripts/reproduce.py then runs, with a stand-in for python that notes its arguments."""
 
 import os
 import runpy
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,20 +14,16 @@ ROOT = Path(__file__).parents[2]
 NO_CIFAR10 = 3
 STAND_IN = """#!/bin/sh
 echo "$*" >> {log}
-case "$*" in
--c*) echo preview ;;
-scripts/get_cifar10.py) exit {status} ;;
-esac
 """
 
 
 class Make:
     """Runs targets in this repository, in an environment that is a stand-in."""
 
-    def __init__(self, directory: Path, cifar10_status: int = 0):
+    def __init__(self, directory: Path):
         self.directory, self.log = directory, directory / "log"
         python = directory / "python"
-        python.write_text(STAND_IN.format(log=self.log, status=cifar10_status))
+        python.write_text(STAND_IN.format(log=self.log))
         python.chmod(0o755)
         (directory / "ready").touch()
 
@@ -39,8 +36,7 @@ class Make:
 
     @property
     def commands(self) -> list[str]:
-        """What python ran, without finding out the scale."""
-        return [line for line in self.log.read_text().splitlines() if not line.startswith("-c")]
+        return self.log.read_text().splitlines()
 
 
 @pytest.fixture
@@ -48,66 +44,177 @@ def make(tmp_path: Path) -> Make:
     return Make(tmp_path)
 
 
-def starts(commands: list[str]) -> list[str]:
-    return [command.split(" ")[0] + command.partition("--scale")[2][:8] for command in commands]
+def test_make_lists_ten_commands(make: Make) -> None:
+    names = [line.split()[1] for line in make("help").stdout.splitlines() if line.startswith("  make ")]
+    figures = [f"reproduce-figure{number}" for number in (1, 2, 3)]
+    assert names == ["setup", "test", "lint", *figures, "sweep", "study", "figures", "benchmark"]
 
 
-def test_reproduce_figure1(make: Make) -> None:
-    done = make("reproduce-figure1")
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["reproduce-figure1"], "figure1 tracking=wandb"),
+        (
+            ["reproduce-figure3", "SCALE=reduced", "SEEDS=3,4"],
+            "figure3 --scale=reduced --seeds=3,4 tracking=wandb",
+        ),
+        (["runs-resnet-control", "TRACKING=none"], "resnet-control tracking=none"),
+        (["sweep"], "sweep tracking=wandb"),
+        (["sweep-mlp"], "sweep tracking=wandb"),
+        (["study"], "study tracking=wandb"),
+        (["figures"], "figures --committed"),
+        (["figure1"], "figure1 --committed"),
+        (["figure3", "SCALE=short"], "figure3 --committed --scale=short"),
+        (["sweep-figures"], "sweep --committed"),
+        (["study-figures"], "study --committed"),
+        (["reproduce-figure1", "SCALE="], "figure1 --scale= tracking=wandb"),  # refused there
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_target_is_one_command(make: Make, arguments: list[str], command: str) -> None:
+    done = make(*arguments)
     assert done.returncode == 0, done.stderr
-    assert starts(make.commands) == [
-        "-m",
+    assert make.commands == [f"scripts/reproduce.py {command}"]
+
+
+Reproduce = Callable[..., list[str]]
+REPRODUCE = runpy.run_path(str(ROOT / "scripts" / "reproduce.py"))
+
+
+@pytest.fixture
+def statuses() -> dict[str, int]:
+    """What commands end with, by a part of them; 0 otherwise."""
+    return {}
+
+
+@pytest.fixture
+def commands() -> list[str]:
+    """What the script ran."""
+    return []
+
+
+@pytest.fixture
+def reproduce(monkeypatch: pytest.MonkeyPatch, statuses: dict[str, int], commands: list[str]) -> Reproduce:
+    """The script's ``main``, which returns the commands that it runs; without a GPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    def note(command: list[str], **_: Any) -> SimpleNamespace:
+        commands.append(" ".join(command[1:]))
+        status = next((code for part, code in statuses.items() if part in commands[-1]), 0)
+        return SimpleNamespace(returncode=status)
+
+    monkeypatch.setattr(subprocess, "run", note)
+
+    def main(*arguments: str) -> list[str]:
+        commands.clear()
+        REPRODUCE["main"](list(arguments))
+        return commands
+
+    return main
+
+
+MLP = "-m experiments.train -m problem=deep_linear_mlp optimizer=two_level_kfac,kfac,adam,sgd hydra/launcher=processes"
+FOUR = "optimizer=two_level_kfac,kfac,adam,sgd"
+DRAWN = "--records runs --output runs/figures --reference results"
+
+
+def test_figure1_is_trained_and_drawn(reproduce: Reproduce) -> None:
+    assert reproduce("figure1", "tracking=none", "--seeds=3,4") == [
+        f"{MLP} tracking=none",
         "scripts/get_cifar10.py",
-        "scripts/train_resnet.py=preview",
-        "scripts/plot_figure1.py=preview",
+        f"scripts/train_resnet.py --scale=preview --seeds=3,4 {FOUR} tracking=none",
+        f"scripts/plot_figure1.py {DRAWN} --scale=preview",
     ]
-    assert "problem=deep_linear_mlp" in make.commands[0]
-    assert make.commands[2].endswith("optimizer=two_level_kfac,kfac,adam,sgd")
 
 
-def test_without_cifar10_the_figures_are_drawn_all_the_same(tmp_path: Path) -> None:
-    make = Make(tmp_path, NO_CIFAR10)
-    for figure in ("figure1", "figure3"):
-        make.log.write_text("")
-        done = make(f"reproduce-{figure}", "SCALE=reduced")
-        assert done.returncode == 0, done.stderr
-        assert "no CIFAR-10: the ResNet is not trained" in done.stdout
-        assert starts(make.commands)[-2:] == ["scripts/get_cifar10.py", f"scripts/plot_{figure}.py=reduced"]
+def test_a_gpu_trains_the_full_scale(reproduce: Reproduce, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert "--scale=full" in reproduce("figure3")[1]
+    assert "--scale=short" in reproduce("figure3", "--scale=short")[1]
 
 
-def test_damaged_images_are_not_taken_for_absent_ones(tmp_path: Path) -> None:
-    make = Make(tmp_path, cifar10_status=1)
-    assert make("reproduce-figure3").returncode != 0
-    assert make.commands == ["scripts/get_cifar10.py"]
+@pytest.mark.parametrize("figure", ["figure1", "figure3"])
+def test_without_cifar10_the_figures_are_drawn_all_the_same(
+    figure: str, reproduce: Reproduce, statuses: dict[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    statuses["get_cifar10"] = NO_CIFAR10
+    last = f"scripts/plot_{figure}.py {DRAWN} --scale=reduced"
+    assert reproduce(figure, "--scale=reduced")[-2:] == ["scripts/get_cifar10.py", last]
+    assert "no CIFAR-10: the ResNet is not trained" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("target", ["runs-resnet", "runs-resnet-control"])
-def test_training_without_cifar10_fails(tmp_path: Path, target: str) -> None:
-    make = Make(tmp_path, NO_CIFAR10)
-    assert make(target).returncode != 0
-    assert make.commands == ["scripts/get_cifar10.py"]
+@pytest.mark.parametrize(
+    ("target", "part", "status"),
+    [
+        ("figure3", "get_cifar10", 1),  # damaged images are not taken for absent ones
+        ("resnet", "get_cifar10", NO_CIFAR10),
+        ("resnet-control", "get_cifar10", NO_CIFAR10),
+        ("figure3", "train_resnet", NO_CIFAR10),
+        ("figure2", "experiments.train", 2),
+    ],
+)
+def test_nothing_is_drawn_after_a_failure(
+    target: str, part: str, status: int, reproduce: Reproduce, statuses: dict[str, int]
+) -> None:
+    statuses |= {part: status, "plot": 9}
+    with pytest.raises(SystemExit) as exit_:
+        reproduce(target)
+    assert exit_.value.code == status
 
 
-def test_control(make: Make) -> None:
-    done = make("runs-resnet-control", "SCALE=full", "SEEDS=3,4", "TRACKING=none")
-    assert done.returncode == 0, done.stderr
-    expected = "--scale=full --seeds=3,4 tracking=none optimizer=sgd,adam training.batch_size=128"
-    assert make.commands[-1] == f"scripts/train_resnet.py {expected}"
+def test_control(reproduce: Reproduce) -> None:
+    expected = "--scale=full --seeds=3,4 optimizer=sgd,adam training.batch_size=128 tracking=none"
+    commands = reproduce("resnet-control", "--scale=full", "--seeds=3,4", "tracking=none")
+    assert commands[-1] == f"scripts/train_resnet.py {expected}"
 
 
-def test_committed_figures_have_the_scale_that_is_there(make: Make) -> None:
-    assert make("figure1", "figure3").returncode == 0
-    assert all("--scale" not in command for command in make.commands)
-    assert make("figure3", "SCALE=reduced").returncode == 0
-    assert make.commands[-1].endswith("--scale=reduced")
+def test_the_sweep_goes_on_after_a_failure_and_says_it_at_the_end(
+    reproduce: Reproduce, commands: list[str], statuses: dict[str, int]
+) -> None:
+    statuses["optimizer=kfac"] = 1
+    with pytest.raises(SystemExit) as exit_:
+        reproduce("sweep", "tracking=none")
+    assert exit_.value.code == 1
+    assert [line.partition("optimizer=")[2].split()[0] for line in commands[:4]] == FOUR[10:].split(",")
+    assert all("-m problem=deep_linear_mlp sweep=paper_grid" in line for line in commands[:4])
+    assert commands[4:] == [
+        "-m experiments.select sweep=paper_grid runs=runs",
+        "scripts/plot_sweep.py --records runs --output runs/figures",
+    ]
 
 
-@pytest.mark.parametrize("scale", ["huge", "", "full reduced"])
-def test_an_unknown_scale_is_refused_before_anything_runs(make: Make, scale: str) -> None:
-    done = make("reproduce-figure1", f"SCALE={scale}")
-    assert done.returncode != 0
-    assert f"SCALE={scale}: choose preview, reduced or full" in done.stderr
-    assert not make.log.exists()
+def test_the_study_is_drawn_after_a_failure_too(reproduce: Reproduce, statuses: dict[str, int]) -> None:
+    assert reproduce("study", "tracking=none") == [
+        "scripts/run_study.py tracking=none",
+        "scripts/plot_study.py --records runs --output runs/study",
+    ]
+    statuses |= {"run_study": 1, "plot_study": 2}
+    with pytest.raises(SystemExit) as exit_:
+        reproduce("study")
+    assert exit_.value.code == 2
+
+
+def test_committed_figures_are_drawn_and_nothing_is_trained(reproduce: Reproduce) -> None:
+    places = "--records results --output results/figures"
+    assert reproduce("figures", "--committed", "--scale=reduced") == [
+        f"scripts/plot_figure1.py {places} --reference results --scale=reduced",
+        f"scripts/plot_figure2.py {places}",
+        f"scripts/plot_figure3.py {places} --reference results --scale=reduced",
+        "-m experiments.select sweep=paper_grid runs=results",
+        f"scripts/plot_sweep.py {places}",
+        "scripts/plot_study.py --records results/study --output results/study",
+    ]
+    assert "--scale" not in reproduce("figure1", "--committed")[0]  # the one that is there
+
+
+@pytest.mark.parametrize("arguments", [["--scale=huge"], ["--scale="], ["--scael=full"]])
+def test_an_unknown_option_is_refused_before_anything_runs(
+    reproduce: Reproduce, statuses: dict[str, int], arguments: list[str]
+) -> None:
+    statuses[""] = 9
+    with pytest.raises(SystemExit) as exit_:
+        reproduce("figure1", *arguments)
+    assert exit_.value.code == 2
 
 
 @pytest.fixture
@@ -134,6 +241,7 @@ def train_resnet(monkeypatch: pytest.MonkeyPatch) -> Any:
     ("scale", "problem", "seeds"),
     [
         ("full", "resnet110_cifar10", "[0],[1],[2],[3],[4]"),
+        ("short", "resnet110_cifar10_short", "[0],[1],[2]"),
         ("reduced", "resnet110_cifar10_reduced", "[0],[1],[2]"),
         ("preview", "resnet20_cifar10_preview", "[0],[1],[2],[3],[4]"),
     ],
@@ -164,25 +272,3 @@ def test_what_is_trained_on_a_gpu(train_resnet: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     command, _ = train_resnet("--scale=full", "--seeds=3,4")
     assert command[3:] == ["problem=resnet110_cifar10", "seeds=[3],[4]", "device=cuda"]
-
-
-def test_sweep_mlp_goes_on_after_a_failure_and_says_it_at_the_end(tmp_path: Path) -> None:
-    make = Make(tmp_path)
-    python = tmp_path / "python"
-    python.write_text(python.read_text() + "case $* in *optimizer=kfac) exit 1 ;; esac\n")
-    done = make("sweep-mlp")
-    assert done.returncode != 0
-    swept = [line.rpartition("optimizer=")[2] for line in make.commands if "experiments.train -m" in line]
-    assert swept == ["two_level_kfac", "kfac", "adam", "sgd"]
-    assert all("sweep=paper_grid" in line for line in make.commands[:4])
-    assert [line.split(" ")[:2] for line in make.commands[4:]] == [
-        ["-m", "experiments.select"],
-        ["scripts/plot_sweep.py", "--records"],
-    ]
-
-
-def test_sweep_figures_come_from_the_committed_records(make: Make) -> None:
-    assert make("sweep-figures").returncode == 0
-    assert [line for line in make.commands if "experiments.train" in line] == []
-    assert "runs=results" in make.commands[0]
-    assert "--records results --output results/figures" in make.commands[1]
