@@ -123,7 +123,7 @@ def _check_sweep(overrides: Sequence[Override], is_plain_run: bool) -> None:
         raise SystemExit(f"sweep={name} needs -m: python -m experiments.train -m sweep={name} ...")
     if "optimizer" in chosen and chosen["optimizer"].is_sweep_override():
         raise SystemExit(
-            f"sweep={name} has a grid for each optimizer: one optimizer at a time, or all with make sweep-mlp"
+            f"sweep={name} has a grid for each optimizer: one optimizer at a time, or all with make sweep"
         )
 
 

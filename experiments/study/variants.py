@@ -229,7 +229,9 @@ def _diagonal(matrix: Tensor) -> Tensor:
     return matrix.diagonal(dim1=-2, dim2=-1).diag_embed()
 
 
-STEPS_PER_EPOCH = 49  # of the deep linear MLP: 25,000 samples in batches of 512
+# Schedules count steps, on any problem and with any batch: 49 are an epoch of the deep linear MLP (25,000 samples in
+# batches of 512), for which `first_epoch` and `after_epoch_5` are named.
+MLP_EPOCH_STEPS = 49
 VARIANTS: dict[str, Callable[[float], CoarseSpace]] = {
     "full": lambda weight: CoarseSpace(weight=weight),
     "exact": lambda weight: CoarseSpace("exact", weight=weight),
@@ -250,8 +252,8 @@ VARIANTS: dict[str, Callable[[float], CoarseSpace]] = {
     "authors_scale": lambda weight: AuthorsScale(weight=weight),
     "authors_accumulated": lambda weight: AuthorsAccumulated(weight=weight),
     "first_step": lambda weight: Scheduled(1, 1, weight),
-    "first_epoch": lambda weight: Scheduled(1, STEPS_PER_EPOCH, weight),
-    "after_epoch_5": lambda weight: Scheduled(5 * STEPS_PER_EPOCH + 1, None, weight),
+    "first_epoch": lambda weight: Scheduled(1, MLP_EPOCH_STEPS, weight),
+    "after_epoch_5": lambda weight: Scheduled(5 * MLP_EPOCH_STEPS + 1, None, weight),
 }
 
 

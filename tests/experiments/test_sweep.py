@@ -101,7 +101,7 @@ def test_the_resnet_s_grid_as_a_job(tmp_path: Path) -> None:
         (["sweep=paper_grid"], "sweep=paper_grid needs -m"),
         (
             ["-m", "sweep=paper_grid", "optimizer=sgd,kfac"],
-            "one optimizer at a time, or all with make sweep-mlp",
+            "one optimizer at a time, or all with make sweep",
         ),
     ],
 )

@@ -26,7 +26,7 @@ STEPS = 10
 
 @pytest.fixture(autouse=True)
 def in_float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(variants, "STEPS_PER_EPOCH", 1)
+    monkeypatch.setattr(variants, "MLP_EPOCH_STEPS", 1)
     with float64():
         yield
 
