@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.figures import RecordError, save_figure
+from experiments.figures.study.outcomes import chosen_by_test_loss, headline_markdown, headline_table
 from experiments.figures.study.questions import QUESTIONS
 from experiments.figures.study.records import Study
 
@@ -17,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     arguments = parser.parse_args(argv)
     study = Study(arguments.records)
-    sections, missing = [], []
+    sections, missing = [f"## Under both losses\n\n{_headlines(study)}"], []
     for number, question in enumerate(QUESTIONS, start=1):
         heading = f"## {number}. {question.title}"
         try:
@@ -35,6 +36,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"wrote {tables}")
     if missing:
         raise SystemExit(f"error: not answered: question {', '.join(map(str, missing))}")
+
+
+def _headlines(study: Study) -> str:
+    try:
+        return f"{headline_markdown(headline_table(study))}\n\n{chosen_by_test_loss(study)}"
+    except RecordError as error:
+        return f"Not compared: {error}."
 
 
 if __name__ == "__main__":

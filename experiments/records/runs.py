@@ -107,6 +107,10 @@ class Run:
         """The mean training loss over the last ``FINAL_EPOCHS`` epochs by seed; NaN for a diverged seed."""
         return self.table("train_loss").tail(FINAL_EPOCHS).mean(skipna=False)
 
+    def final_test_losses(self) -> pd.Series:
+        """The median test loss over the last ``FINAL_EPOCHS`` epochs by seed, which single spikes leave alone."""
+        return self.table("test_loss").tail(FINAL_EPOCHS).median(skipna=False)
+
     def _pivot(self, metric: str) -> pd.DataFrame:
         curves = self.curves if metric in self.curves else self.curves.assign(**{metric: np.nan})
         return curves.pivot(index="epoch", columns="seed", values=metric).sort_index()

@@ -172,6 +172,44 @@ CONVOLUTIONS = Arm(
     "two_level_variant", (("coarse", "observed"), ("epochs", 12)), 5, "resnet20_cifar10_preview"
 )
 
+# All that was trained of each level at the paper's depth, by what it is.
+TUNED = {
+    level: {
+        f"{line}, η {rate:g}, λ 0.001": arm
+        for line in RATES
+        if line.startswith(level)
+        for rate, arm in RATES[line].items()
+    }
+    | {f"{level}, μ 0.9, η {rate:g}, λ {value:g}": arm for (value, rate), arm in own.items()}
+    for level, own in BELOW_THE_GRID.items()
+}
+PARTS = OFF_DIAGONAL | ONES_VECTOR | INITIAL_KICK
+
+# What the pages say first, under both losses: a first arm and the one that it is compared with.
+HEADLINES: dict[str, tuple[Arm, Arm]] = {
+    "two / one level, the paper's settings": (two(), one()),
+    **{
+        f"two / one level, λ {value:g}": (two(damping=value), one(damping=value))
+        for value in (1e-3, 1e-4, 1e-5)
+    },
+    "one level at λ 1e-05 / two levels at the paper's": (one(damping=1e-5), two()),
+    "full correction / one level, at one level's winner": (TUNED_VARIANTS[FULL], TUNED_VARIANTS[ONE_LEVEL]),
+    "two (η 0.003, μ 0) / one level (η 0.003), both at λ 0.001": (
+        RATES["two levels, μ 0"][3e-3],
+        RATES["one level, μ 0.9"][3e-3],
+    ),
+    "two (η 0.003, μ 0, λ 0.001) / one level (η 0.003, λ 0.0001)": (
+        RATES["two levels, μ 0"][3e-3],
+        one(damping=1e-4, lr=3e-3),
+    ),
+    **{
+        f"{name} / {baseline}": (arm, PARTS[baseline])
+        for baseline in (ONE_LEVEL, FULL)
+        for name, arm in PARTS.items()
+        if name not in (ONE_LEVEL, baseline)
+    },
+}
+
 
 def _arms(nested: Any) -> Iterator[Arm]:
     if isinstance(nested, Arm):
