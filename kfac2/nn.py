@@ -37,6 +37,7 @@ class ReplicatedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(replicas, out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """``(R, in, B)`` → ``(R, out, B)``."""
         if self.bias is None:
             return torch.bmm(self.weight, x)
         return torch.baddbmm(self.bias[..., None], self.weight, x)
@@ -70,6 +71,7 @@ class ReplicatedBatchNorm(nn.Module):
         self.container_updates = False
 
     def forward(self, x: Tensor) -> Tensor:
+        """``(R, features, B)``, normalised by the batch's statistics, or by the running ones in evaluation."""
         channels, samples = self.weight.numel(), x.shape[-1]
         if not self.training:
             rows = x.reshape(1, channels, samples)
@@ -105,6 +107,7 @@ class ReplicatedSequential(nn.Sequential):
             norm.container_updates = True
 
     def forward(self, x: Tensor) -> Tensor:
+        """Whatever the modules take and make, with a leading replica axis."""
         for module in self:
             x = module(x)
         norms = [norm for norm in self._norms if norm.batch_statistics]
@@ -115,7 +118,7 @@ class ReplicatedSequential(nn.Sequential):
 
 @torch.no_grad()
 def _update_running_statistics(norms: list[ReplicatedBatchNorm], samples: int) -> None:
-    """Of all ``norms`` at once; they share eps and momentum."""
+    """Update those of all ``norms`` at once; they share eps and momentum."""
     means, rstds = (torch.cat(x, dim=1) for x in zip(*(norm.batch_statistics for norm in norms), strict=True))
     unbiased = (rstds**-2 - norms[0].eps) * (samples / max(samples - 1, 1))
     channels = [norm.weight.numel() for norm in norms]

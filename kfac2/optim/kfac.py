@@ -24,14 +24,14 @@ from kfac2.optim.state import ENTRY, placement, with_carrier, without_entry
 class KFAC(torch.optim.SGD):
     """SGD on a gradient preconditioned with block-diagonal K-FAC (eq. 2-4, 8-10).
 
-    ::
-
-        for x, y in loader:
-            optimizer.zero_grad()
-            output = model(x)
-            optimizer.update_curvature(output)      # a no-op unless a refresh is due
-            criterion(output, y).backward()
-            optimizer.step()
+    ```python
+    for x, y in loader:
+        optimizer.zero_grad()
+        output = model(x)
+        optimizer.update_curvature(output)  # a no-op unless a refresh is due
+        criterion(output, y).backward()
+        optimizer.step()
+    ```
 
     ``nn.Linear`` and ``nn.Conv2d`` are preconditioned (convolutions in one group, padded with zeros);
     every other parameter takes the plain SGD update (``print(optimizer)`` or ``optimizer.coverage`` lists
@@ -195,13 +195,13 @@ class KFAC(torch.optim.SGD):
                 raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As SGD's; batches observed with the gradients that are zeroed leave no trace in the next sample."""
+        """Zero the gradients; batches observed with them leave no trace in the next curvature sample."""
         self.preconditioner.gradients_zeroed()
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore
-        """One update; a ``closure`` is evaluated first, with grad enabled, and its value returned.
+        """Take one step; a ``closure`` is evaluated first, with grad enabled, and its value returned.
 
         Raises:
             RuntimeError: a refresh is due and ``update_curvature`` was not called, a layer has never had
@@ -251,7 +251,7 @@ class KFAC(torch.optim.SGD):
 
     @property
     def diagnostics(self) -> dict[str, Tensor]:
-        """Of the latest step, per replica ``(R,)``: ``nu`` (ν of eq. 10), and with two levels
+        """What the latest step did, per replica ``(R,)``: ``nu`` (ν of eq. 10), and with two levels
         ``coarse_ratio``, the norm of the coarse correction relative to the one-level update, and
         ``coarse_negative``, how many clearly negative eigenvalues the coarse matrix had, and
         ``coarse_indefinite``, 1 where it had any, else 0."""
@@ -259,12 +259,13 @@ class KFAC(torch.optim.SGD):
 
     @property
     def diverged(self) -> Tensor:
-        """Replicas ``(R,)`` whose first statistics were not finite; their parameters become NaN."""
+        """Which replicas ``(R,)`` have diverged: their first statistics were not finite, and their
+        parameters become NaN."""
         return self.preconditioner.diverged
 
     @property
     def failures(self) -> dict[str, Tensor]:
-        """Counted since the first step, per replica ``(R,)``: ``rejected_samples`` and ``failed_inverses``."""
+        """Counts since the first step, per replica ``(R,)``: ``rejected_samples`` and ``failed_inverses``."""
         return dict(self.preconditioner.failures)
 
     @property
@@ -280,6 +281,7 @@ class KFAC(torch.optim.SGD):
 
     @property
     def coarse(self) -> CoarseSpace | None:
+        """The coarse space; None with one level."""
         return self.preconditioner.coarse
 
     def _plain(self) -> dict[int, str]:
@@ -362,7 +364,11 @@ class KFAC(torch.optim.SGD):
     # -- state --------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only while the optimizer is being built: its layers are fixed then."""
+        """Works only while the optimizer is being built, which fixes its layers.
+
+        Raises:
+            RuntimeError: the optimizer is built.
+        """
         if self._built:
             raise RuntimeError(
                 "K-FAC fixes its layers when it is built: give it all parameters from the start (frozen "
