@@ -14,7 +14,7 @@ TRAIN = $(RESNET) tracking=$(TRACKING)
 FIGURES := figure1 figure2 figure3
 COMMITTED := figures $(FIGURES) sweep-figures study-figures
 RUNS := runs-mlp runs-resnet runs-resnet-control
-.PHONY: help setup test lint format benchmark clean sweep sweep-mlp study $(FIGURES:%=reproduce-%) $(COMMITTED) $(RUNS)
+.PHONY: help setup test lint format benchmark docs clean sweep sweep-mlp study $(FIGURES:%=reproduce-%) $(COMMITTED) $(RUNS)
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / && !/^help/ {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,11 @@ sweep-mlp: sweep
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY) # the site, into site/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--config-settings editable_mode=compat -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: # the environment; records stay
 	rm -rf $(VENV)
