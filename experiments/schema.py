@@ -20,6 +20,8 @@ NOT_SETTINGS = ("name",)  # of a problem or an optimizer: it says whose record i
 
 @dataclass
 class DeepLinearMLPConfig:
+    """The settings of ``experiments.problems.DeepLinearMLP``; sizes are numbers of layers, units and samples."""
+
     _target_: str = "experiments.problems.DeepLinearMLP"
     name: str = "deep_linear_mlp"
     depth: int = MISSING
@@ -32,6 +34,8 @@ class DeepLinearMLPConfig:
 
 @dataclass
 class Cifar10Config:
+    """Where the images come from, as ``experiments.problems.Cifar10`` says."""
+
     _target_: str = "experiments.problems.Cifar10"
     path: str | None = None
     root: str = "data"
@@ -39,6 +43,8 @@ class Cifar10Config:
 
 @dataclass
 class CifarResNetConfig:
+    """The settings of ``experiments.problems.CifarResNet``; no number of samples is all of the split."""
+
     _target_: str = "experiments.problems.CifarResNet"
     name: str = MISSING
     depth: int = MISSING
@@ -50,6 +56,8 @@ class CifarResNetConfig:
 
 @dataclass
 class FirstOrderConfig:
+    """What every optimizer has: η, μ and the weight decay."""
+
     _target_: str = MISSING
     _partial_: bool = True
     name: str = MISSING
@@ -74,6 +82,8 @@ class AdamConfig(FirstOrderConfig):
 
 @dataclass
 class KFACConfig(FirstOrderConfig):
+    """The arguments of ``kfac2.KFAC``; intervals are numbers of iterations."""
+
     _target_: str = "kfac2.KFAC"
     name: str = "kfac"
     damping: float = MISSING
@@ -86,6 +96,8 @@ class KFACConfig(FirstOrderConfig):
 
 @dataclass
 class TwoLevelKFACConfig(KFACConfig):
+    """The arguments of ``kfac2.TwoLevelKFAC``."""
+
     _target_: str = "kfac2.TwoLevelKFAC"
     name: str = "two_level_kfac"
     coarse_fisher: str = "kronecker"
@@ -111,6 +123,8 @@ OPTIMIZERS = (SGDConfig, AdamConfig, KFACConfig, TwoLevelKFACConfig, TwoLevelVar
 
 @dataclass
 class TrainingConfig:
+    """The trainer's settings, as ``experiments.training.trainer.TrainingSettings`` explains them."""
+
     epochs: int = MISSING
     batch_size: int = MISSING
     milestones: list[float] = field(default_factory=list)
@@ -121,6 +135,8 @@ class TrainingConfig:
 
 @dataclass
 class TrainConfig:
+    """A whole configuration: ``hours`` end the command in time, and ``runs`` is where records go."""
+
     problem: Any = MISSING
     optimizer: Any = MISSING
     tracking: Any = MISSING
@@ -135,6 +151,8 @@ class TrainConfig:
 
 
 class Range(NamedTuple):
+    """Which values of a setting can be meant, and how a message says so."""
+
     holds: Callable[[float], bool]
     meaning: str
 
@@ -182,6 +200,7 @@ def distinct_seeds(config: DictConfig) -> list[int]:
 
 
 def register() -> None:
+    """Tell Hydra of all settings, recipes and arms; once, before it composes anything."""
     OmegaConf.register_new_resolver("chosen", chosen, replace=True)
     OmegaConf.register_new_resolver("fast_bfloat16", fast_bfloat16, replace=True)
     OmegaConf.register_new_resolver("processes", processes, replace=True)

@@ -34,7 +34,11 @@ FAILURES = {
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Args: ``records`` in the order of their seeds, which do not overlap."""
+    """The trainings of one configuration, all seeds together.
+
+    Args:
+        records: in the order of their seeds, which do not overlap.
+    """
 
     records: Sequence[Record]
 
@@ -47,18 +51,22 @@ class Run:
 
     @property
     def optimizer(self) -> str:
+        """Its name, as in the records' path."""
         return self.records[0].optimizer
 
     @property
     def variant(self) -> str:
+        """``paper``, or what differs from the paper's settings."""
         return self.records[0].variant
 
     @property
     def seeds(self) -> list[int]:
+        """All seeds of all records, in order."""
         return sorted(seed for record in self.records for seed in record.seeds)
 
     @property
     def epochs(self) -> int:
+        """The last epoch that all seeds have."""
         return int(max(self.curves["epoch"]))
 
     @property

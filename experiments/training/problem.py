@@ -15,7 +15,9 @@ class Problem(Protocol):
     """
 
     @property
-    def seeds(self) -> list[int]: ...
+    def seeds(self) -> list[int]:
+        """Those that are trained, in the order of the replicas."""
+        ...
 
     @property
     def label(self) -> str | None:
@@ -23,7 +25,9 @@ class Problem(Protocol):
         ...
 
     @property
-    def model(self) -> nn.Module: ...
+    def model(self) -> nn.Module:
+        """The network, on its device; its output is what the loss is of."""
+        ...
 
     @property
     def likelihood(self) -> str:
@@ -40,7 +44,9 @@ class Problem(Protocol):
         """One epoch in a fresh random order; the last batch may be smaller."""
         ...
 
-    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The whole test split, in a fixed order."""
+        ...
 
     def batch_size(self, targets: Tensor) -> int:
         """Samples of each seed in the batch with these targets: the weight of its means."""
@@ -58,4 +64,6 @@ class Problem(Protocol):
         """The generators' states."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from them, so that a resumed training sees the same batches."""
+        ...

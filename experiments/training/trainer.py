@@ -21,6 +21,8 @@ OptimizerFactory = Callable[..., Any]
 
 @dataclass(frozen=True)
 class TrainingSettings:
+    """How long and in what batches a problem is trained; raises ``ValueError`` for what cannot be meant."""
+
     epochs: int
     batch_size: int
     milestones: list[float] = field(default_factory=list)
