@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers import SGD_OPTIONS, available_peers, plain_sgd
+from benchmarks.peers import SGD_OPTIONS, available_peers, deep_linear_task, plain_sgd
 from benchmarks.timing import (
     FACTOR_INTERVAL,
     INVERSE_INTERVAL,
@@ -92,8 +92,8 @@ def targets(plain: Contender, ours: Mapping[str, Contender]) -> list[list[str | 
 def main(seconds: float = 200) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    plain = plain_sgd(BATCH_SIZE)
-    peers = available_peers(BATCH_SIZE)
+    task = deep_linear_task(BATCH_SIZE)
+    plain, peers = plain_sgd(task), available_peers(task)
     ours = {replicas: optimizers(replicas) for replicas in (1, 5)}
     baselines = [(plain, [plain, *peers])] + [(row["SGD"], list(row.values())) for row in ours.values()]
     rounds = interleave([contender for _, group in baselines for contender in group], seconds)

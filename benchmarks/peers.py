@@ -1,11 +1,12 @@
-"""What we are compared with: plain PyTorch, and K-FAC optimizers that install from PyPI.
+"""What we are compared with: plain PyTorch, and second-order optimizers that install from PyPI.
 
-All train one seed of the same network, written as anybody would, with ``nn.Linear`` and ``nn.BatchNorm1d``.
+All train a network as anybody would write it, on batches drawn beforehand.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,97 +16,156 @@ from benchmarks.timing import FACTOR_INTERVAL, INVERSE_INTERVAL, Contender
 from experiments.problems.deep_linear import DeepLinearMLP
 
 SGD_OPTIONS: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-3}
+NORMS = (nn.BatchNorm1d, nn.LayerNorm)
 
 
-def plain_sgd(batch_size: int) -> Contender:
-    model, batches = _network(), _batches(batch_size)
-    optimizer = torch.optim.SGD(model.parameters(), **SGD_OPTIONS)
+class Task(NamedTuple):
+    """A network to train, and how often its curvature is refreshed while steps are sampled."""
 
-    def step(t: int) -> None:
-        x, y = batches[t % len(batches)]
-        optimizer.zero_grad()
-        F.binary_cross_entropy_with_logits(model(x), y).backward()
-        optimizer.step()
+    build: Callable[[], nn.Module]
+    batches: Sequence[tuple[Tensor, Tensor]]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    class_logits: Callable[[Tensor], Tensor]
+    """The rows ``(N, classes)`` from which the Fisher's labels are drawn, of an output."""
+    loss_average: str = "batch"
+    """``singd``'s name for what the loss is a mean over."""
+    factor_interval: int = FACTOR_INTERVAL
+    inverse_interval: int = INVERSE_INTERVAL
 
-    return Contender("plain nn.Sequential, SGD", step)
+    def contender(self, name: str, optimizer_of: Callable[[nn.Module], Any], **intervals: Any) -> Contender:
+        """The usual loop; an optimizer that observes the curvature has one call more."""
+        model = self.build()
+        optimizer = optimizer_of(model)
+        observe = getattr(optimizer, "update_curvature", lambda output: None)
+
+        def step(t: int) -> None:
+            x, y = self.batches[t % len(self.batches)]
+            optimizer.zero_grad()
+            output = model(x)
+            observe(output)
+            self.loss(output, y).backward()
+            optimizer.step()
+
+        return Contender(name, step, **intervals)
 
 
-def asdl_kfac(batch_size: int) -> Contender:
+def plain_sgd(task: Task) -> Contender:
+    return task.contender(
+        "plain nn.Sequential, SGD", lambda model: torch.optim.SGD(model.parameters(), **SGD_OPTIONS)
+    )
+
+
+def asdl_kfac(task: Task) -> Contender:
     """K-FAC of ``asdfghjkl``: one Monte Carlo sample of the true Fisher, factored Tikhonov damping."""
     from asdl.precondition import (  # pyright: ignore[reportMissingImports]
         KfacGradientMaker,
         PreconditioningConfig,
     )
 
-    model, batches = _network(), _batches(batch_size)
+    model, batches = task.build(), task.batches
     optimizer = torch.optim.SGD(model.parameters(), **SGD_OPTIONS)
     config = PreconditioningConfig(
-        data_size=batch_size,
+        data_size=len(task.class_logits(model(batches[0][0]))),
         damping=1e-2,
         ema_decay=0.05,
-        curvature_upd_interval=FACTOR_INTERVAL,
-        preconditioner_upd_interval=INVERSE_INTERVAL,
-        ignore_modules=[nn.BatchNorm1d],
+        curvature_upd_interval=task.factor_interval,
+        preconditioner_upd_interval=task.inverse_interval,
+        ignore_modules=[*NORMS, nn.Embedding],
     )
     maker = KfacGradientMaker(model, config, fisher_type="fisher_mc", loss_type="cross_entropy")
 
     def both(x: Tensor) -> tuple[Tensor, Tensor]:
-        """Two classes' logits for the Fisher's draws (a softmax over one logit is constant), and the logit."""
-        logit = model(x)
-        return F.pad(logit, (1, 0)), logit
+        output = model(x)
+        return task.class_logits(output), output
 
     def step(t: int) -> None:
         x, y = batches[t % len(batches)]
         optimizer.zero_grad()
         output = maker.setup_model_call(both, x)
-        maker.setup_loss_call(F.binary_cross_entropy_with_logits, output[1], y)
+        maker.setup_loss_call(task.loss, output[1], y)
         maker.forward_and_backward()
         optimizer.step()
 
-    return Contender(
-        f"asdfghjkl {version('asdfghjkl')}, true Fisher", step, 1, FACTOR_INTERVAL, INVERSE_INTERVAL
-    )
+    name = f"asdfghjkl {version('asdfghjkl')}, true Fisher"
+    return Contender(name, step, factor_interval=task.factor_interval, inverse_interval=task.inverse_interval)
 
 
-def singd(batch_size: int) -> Contender:
-    """``singd`` as IKFAC, its K-FAC-like form: empirical Fisher, no inverses; batch norms by SGD."""
+def singd(task: Task) -> Contender:
+    """``singd`` as IKFAC, its K-FAC-like form: empirical Fisher, no inverses; what it leaves, by SGD."""
     from singd.optim.optimizer import SINGD  # pyright: ignore[reportMissingImports]
 
-    model, batches = _network(), _batches(batch_size)
-    preconditioner = SINGD(
-        model,
-        **SGD_OPTIONS,
-        damping=1e-2,
-        T=FACTOR_INTERVAL,
-        lr_cov=1e-2,
-        alpha1=0.0,
-        kfac_like=True,
-        normalize_lr_cov=True,
-        warn_unsupported=False,
-    )
-    norms = [p for module in model if isinstance(module, nn.BatchNorm1d) for p in module.parameters()]
-    optimizer = torch.optim.SGD(norms, **SGD_OPTIONS)
+    def both(model: nn.Module) -> "_Together":
+        preconditioner = SINGD(
+            model,
+            **SGD_OPTIONS,
+            damping=1e-2,
+            T=task.factor_interval,
+            loss_average=task.loss_average,
+            lr_cov=1e-2,
+            alpha1=0.0,
+            kfac_like=True,
+            normalize_lr_cov=True,
+            warn_unsupported=False,
+        )
+        taken = {p for group in preconditioner.param_groups for p in group["params"]}
+        rest = [p for p in model.parameters() if p not in taken]
+        return _Together(preconditioner, torch.optim.SGD(rest, **SGD_OPTIONS))
 
-    def step(t: int) -> None:
-        x, y = batches[t % len(batches)]
-        model.zero_grad()
-        F.binary_cross_entropy_with_logits(model(x), y).backward()
-        preconditioner.step()
-        optimizer.step()
-
-    return Contender(f"singd {version('singd')}, empirical Fisher", step, 1, FACTOR_INTERVAL)
+    name = f"singd {version('singd')}, empirical Fisher"
+    return task.contender(name, both, factor_interval=task.factor_interval)
 
 
-PEERS: dict[str, Callable[[int], Contender]] = {"asdfghjkl": asdl_kfac, "singd": singd}
+class _Together:
+    """Optimizers of different parameters, as one."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        self._optimizers = optimizers
+
+    def zero_grad(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
+
+    def step(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.step()
 
 
-def available_peers(batch_size: int) -> list[Contender]:
+def soap(task: Task) -> Contender:
+    """SOAP of ``pytorch_optimizer``: statistics in every step; its eigenbases come with our factors."""
+    from pytorch_optimizer import SOAP  # pyright: ignore[reportMissingImports]
+
+    def of(model: nn.Module) -> Any:
+        return SOAP(model.parameters(), lr=1e-3, precondition_frequency=task.factor_interval)
+
+    name = f"SOAP, pytorch_optimizer {version('pytorch_optimizer')}"
+    return task.contender(name, of, factor_interval=task.factor_interval)
+
+
+def shampoo(task: Task) -> Contender:
+    """Shampoo of the same package: statistics in every step; its roots come with our inverses."""
+    from pytorch_optimizer import Shampoo  # pyright: ignore[reportMissingImports]
+
+    def of(model: nn.Module) -> Any:
+        return Shampoo(model.parameters(), lr=1e-3, preconditioning_compute_steps=task.inverse_interval)
+
+    name = f"Shampoo, pytorch_optimizer {version('pytorch_optimizer')}"
+    # It counts its steps from one.
+    return task.contender(name, of, inverse_interval=task.inverse_interval, iteration=1)
+
+
+KFAC_PEERS: dict[str, Callable[[Task], Contender]] = {"asdfghjkl": asdl_kfac, "singd": singd}
+PEERS = KFAC_PEERS | {"SOAP": soap, "Shampoo": shampoo}
+
+
+def available_peers(
+    task: Task, peers: dict[str, Callable[[Task], Contender]] = KFAC_PEERS
+) -> list[Contender]:
     """Those that import and train here; says which do not, and why."""
     contenders = []
-    for name, build in PEERS.items():
+    for name, build in peers.items():
         try:
-            contender = build(batch_size)
-            contender.run(INVERSE_INTERVAL)
+            contender = build(task)
+            contender.run(task.inverse_interval)
         except Exception as error:
             print(f"{name} skipped: {error!r}\n")
             continue
@@ -113,14 +173,20 @@ def available_peers(batch_size: int) -> list[Contender]:
     return contenders
 
 
+def deep_linear_task(batch_size: int) -> Task:
+    """One seed of the deep linear MLP, with ``nn.Linear`` and ``nn.BatchNorm1d``; one epoch of seed 0."""
+    batches = DeepLinearMLP(seeds=[0]).train_batches(batch_size)
+    return Task(
+        _network,
+        [(x[0].T.contiguous(), y[0][:, None]) for x, y in batches if y.shape[-1] == batch_size],
+        F.binary_cross_entropy_with_logits,
+        # Two classes' logits: a softmax over one is constant.
+        class_logits=partial(F.pad, pad=(1, 0)),
+    )
+
+
 def _network() -> nn.Sequential:
     modules: list[nn.Module] = []
     for _ in range(64):
         modules += [nn.Linear(10, 10, bias=False), nn.BatchNorm1d(10)]
     return nn.Sequential(*modules, nn.Linear(10, 1, bias=False))
-
-
-def _batches(batch_size: int) -> list[tuple[Tensor, Tensor]]:
-    """One epoch of seed 0, a row per sample."""
-    batches = DeepLinearMLP(seeds=[0]).train_batches(batch_size)
-    return [(x[0].T.contiguous(), y[0][:, None]) for x, y in batches if y.shape[-1] == batch_size]

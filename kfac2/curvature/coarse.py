@@ -148,9 +148,13 @@ class CoarseSpace:
             return
         sums = torch.zeros_like(self.grams)
         samples, numbers = _sizes(maps)
-        for part in torch.arange(samples).split(max(1, LARGEST_PART // numbers)):
-            some = slice(int(part[0]), int(part[-1]) + 1)
-            self._add(sums, {i: (alpha[:, some], gamma[:, some]) for i, (alpha, gamma) in maps.items()})
+        at_once = max(1, LARGEST_PART // numbers)
+        if samples <= at_once:  # hundreds of layers' slices cost as much as what is computed from them
+            self._add(sums, maps)
+        else:
+            for part in torch.arange(samples).split(at_once):
+                some = slice(int(part[0]), int(part[-1]) + 1)
+                self._add(sums, {i: (alpha[:, some], gamma[:, some]) for i, (alpha, gamma) in maps.items()})
         present = torch.tensor([i in maps for i in range(sums.shape[-1])], device=sums.device)
         finite = finite_matrices(sums).all(0)
         counts = matrices(finite) * (present[:, None] * present[None, :] * samples)
@@ -173,10 +177,9 @@ class CoarseSpace:
         ones = self.grams.new_ones(self.grams.shape[-1])
         maps = {i: _averaged(*pair) if i in self.averaged else pair for i, pair in maps.items()}
         yield self._on_grid({i: alpha for i, (alpha, _) in maps.items()}), ones
-        scales = ones.clone()
-        for i, (_, gamma) in maps.items():
-            scales[i] = sqrt(prod(_positions(gamma)))
-        yield self._on_grid({i: gamma for i, (_, gamma) in maps.items()}), scales
+        gammas = {i: gamma for i, (_, gamma) in maps.items()}
+        scales = [sqrt(prod(_positions(gammas[i]))) if i in gammas else 1.0 for i in range(len(ones))]
+        yield self._on_grid(gammas), ones.new_tensor(scales)
 
     def exact_features(self, maps: Maps) -> Iterator[tuple[dict[int, Tensor], Tensor]]:
         """p of each layer and sample, without a scale."""
