@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kfac2.curvature.diagonal import diagonal_of, is_diagonal, second_moment
 from kfac2.curvature.patches import Window, patch_moment, patch_sums, patch_totals
 from kfac2.nn import ReplicatedLinear
 
@@ -20,7 +21,8 @@ Basis = tuple[Tensor, Tensor]
 class Moments(NamedTuple):
     """Sums over rows of one layer's ``a aᵀ`` and ``g gᵀ``; a row is one position of one sample in one call.
 
-    ``a`` ``(R, d_in, d_in)``, ``g`` ``(R, d_out, d_out)``; their rows are ``rows`` in each replica.
+    ``a`` ``(R, d_in, d_in)``, ``g`` ``(R, d_out, d_out)``, or their diagonals, ``(R, 1, d)``; their rows are
+    ``rows`` in each replica.
     """
 
     a: Tensor
@@ -31,6 +33,14 @@ class Moments(NamedTuple):
         if other is None:
             return self
         return Moments(self.a + other.a, self.g + other.g, self.rows + other.rows)
+
+    def reduced_to(self, diagonal: tuple[bool, bool]) -> "Moments":
+        """With only the ``diagonal`` of G and of A, from an adapter that has made the whole matrix."""
+        g, a = (
+            diagonal_of(x)[:, None] if only and not is_diagonal(x) else x
+            for x, only in zip((self.g, self.a), diagonal, strict=True)
+        )
+        return Moments(a, g, self.rows)
 
 
 class Totals(NamedTuple):
@@ -50,6 +60,9 @@ class Layer:
     """K-FAC-reduce: a sample's positions are averaged before the products, not after (``weight_sharing``)."""
     batch_axis: int | None = None
     """The axis of a call along which the samples run, where the user has said so."""
+    diagonal: tuple[bool, bool] = (False, False)
+    """Whether only the diagonals of G and of A are kept (``max_factor_dim``)."""
+    factor_dtype: torch.dtype | None = None
 
     def __init__(self, name: str, module: nn.Module, with_bias: bool):
         self.name, self.module, self.with_bias = name, module, with_bias
@@ -58,8 +71,8 @@ class Layer:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the statistics: the weight's, float32 at least."""
-        return torch.promote_types(self.weight.dtype, torch.float32)
+        """Of the statistics: ``factor_dtype``, or else the weight's, float32 at least."""
+        return self.factor_dtype or torch.promote_types(self.weight.dtype, torch.float32)
 
     @staticmethod
     def unsupported(module: nn.Module) -> str | None:
@@ -121,7 +134,8 @@ class LinearLayer(Layer):
     def moments(self, inputs: Tensor, gradients: Tensor) -> Moments:
         self.axes(inputs)
         a, g = self._input_columns(inputs), self.columns(gradients)
-        return Moments(torch.bmm(a, a.mT), torch.bmm(g, g.mT), a.shape[-1])
+        only_g, only_a = self.diagonal
+        return Moments(second_moment(a, only_a), second_moment(g, only_g), a.shape[-1])
 
     def totals(self, inputs: Tensor, gradients: Tensor, axis: int) -> Totals:
         axes = self.axes(inputs)
@@ -188,8 +202,14 @@ class Conv2dLayer(Layer):
 
     def moments(self, inputs: Tensor, gradients: Tensor) -> Moments:
         x, g = self._checked(inputs), gradients.to(self.dtype)
-        a = patch_moment(x, self.window, self.with_bias)
-        return Moments(a[None], patch_moment(g, Window(), False)[None], g[:, 0].numel())
+        rows, (only_g, only_a) = g[:, 0].numel(), self.diagonal
+        if only_a:
+            a = patch_totals(x.square(), self.window).sum(0, keepdim=True)
+            a = torch.cat([a, a.new_full((1, self.with_bias), rows)], dim=1)
+        else:
+            a = patch_moment(x, self.window, self.with_bias)
+        g = g.square().sum((0, 2, 3))[None] if only_g else patch_moment(g, Window(), False)
+        return Moments(a[None], g[None], rows)
 
     def totals(self, inputs: Tensor, gradients: Tensor, axis: int) -> Totals:
         a, g = patch_totals(self._checked(inputs), self.window), gradients.to(self.dtype)
