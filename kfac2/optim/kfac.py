@@ -13,6 +13,7 @@ from kfac2.curvature import INVERSES, CoarseSpace
 from kfac2.optim.capture import Capture
 from kfac2.optim.coverage import Coverage, summary
 from kfac2.optim.losses import loss_of
+from kfac2.optim.memory import limit_factors
 from kfac2.optim.observation import sampled_backward
 from kfac2.optim.options import SharedOptions, as_generators, check_choice, refuse_distributed, shared_options
 from kfac2.optim.preconditioner import Preconditioner
@@ -69,7 +70,17 @@ class KFAC(torch.optim.SGD):
             one sample after the other. One for all layers that have that many axes (features not
             counted), or a mapping from module names. Only ``"reduce"`` and two levels need it: a
             layer whose samples are not found is an error there, and here has no coarse correction.
+        max_factor_dim: of a layer's factor with more rows than this only the diagonal is kept (``coverage`` names
+            it); None: no limit. A diagonal, not blocks: the rows of a large side are a vocabulary's words
+            or a patch's entries, whose order means nothing, and blocks would be chosen by it. Of a softmax
+            over many classes the output factor, the mean of ``diag(p) - p pᵀ``, is nearly diagonal.
+        factor_dtype: of the factors and inverses, ``torch.float32`` or ``torch.float64``; None: the weight's,
+            float32 at least. 16 bits are refused: running averages stand still (``bfloat16`` on the way from 1 to
+            1.1 at 1.03).
         coarse: a ``CoarseSpace`` makes it two-level; ``TwoLevelKFAC`` builds the paper's.
+
+    The curvature's memory (``print(optimizer)`` says how much) is taken at the first ``update_curvature``, for
+    the layers that are trainable by then, where the parameters are then; frozen layers take none.
 
     Raises:
         ValueError: an option out of its range, an unknown name, or a model that cannot be captured.
@@ -98,6 +109,8 @@ class KFAC(torch.optim.SGD):
         exclude: Exclude = (),
         weight_sharing: str | Mapping[str, str] = "expand",
         batch_axis: int | Mapping[str, int] | None = None,
+        max_factor_dim: int | None = 8192,
+        factor_dtype: torch.dtype | None = None,
         coarse: CoarseSpace | None = None,
     ):
         if not isinstance(model, nn.Module):
@@ -127,6 +140,7 @@ class KFAC(torch.optim.SGD):
         optimized = {p for group in self.param_groups for p in group["params"]}
         layers, self._entries = select_layers(model, optimized, exclude)
         set_sharing(layers, weight_sharing, batch_axis)
+        limit_factors(layers, max_factor_dim, factor_dtype)
         self.preconditioner = Preconditioner(layers, self.param_groups, inverse, factor_decay, coarse)
         self._loss = loss._replace(replicas=layers[0].replicas if layers[0].replicated else None)
         self._generators = as_generators(generator, layers[0].replicas)
@@ -246,8 +260,8 @@ class KFAC(torch.optim.SGD):
     @property
     def coverage(self) -> list[Coverage]:
         """A line on each of the model's parameters: whether it is preconditioned, and why."""
-        plain = self._plain()
-        return [entry.line(plain, self.preconditioner.outside_coarse) for entry in self._entries]
+        plain, notes = self._plain(), self.preconditioner.notes()
+        return [entry.line(plain, notes) for entry in self._entries]
 
     @property
     def diagnostics(self) -> dict[str, Tensor]:
@@ -347,6 +361,7 @@ class KFAC(torch.optim.SGD):
             return False
         for p in given:
             self.state[p] = {"momentum_buffer": torch.zeros_like(p)} if momenta[p] else {}
+        self.preconditioner.allocate()
         return True
 
     def _follow_model(self) -> None:
@@ -356,7 +371,7 @@ class KFAC(torch.optim.SGD):
             return
         for p, own in self.state.items():
             own.update({key: x.to(p) for key, x in own.items() if isinstance(x, Tensor)})
-        self.preconditioner.relocate(self.param_groups)
+        self.preconditioner.relocate()
         self._placement = now
 
     # -- state --------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Layers of one shape, handled as one batch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,22 +43,21 @@ class LayerStack:
 
     def __init__(self, layers: Sequence[Layer], index: list[int], groups: Tensor, inverse: str):
         first = layers[0]
-        options = {"dtype": first.dtype, "device": first.weight.device}
         self.layers, self.with_bias = layers, first.with_bias
         self.index = torch.tensor(index, device=first.weight.device)
         self.groups = groups.to(first.weight.device)
-        self.blocks = KroneckerBlocks(len(layers), first.replicas, *first.matrix_shape, inverse, **options)
-        self._positions = index
+        self.blocks = blocks_for(first, len(layers), first.weight.device, inverse)
+        self.positions = index
 
     def sample(self, moments: dict[int, Moments], samples: int) -> StackSample:
         """The stack's part of a batch of ``samples`` samples, checked layer by layer and replica by replica."""
         none = Moments(torch.zeros_like(self.blocks.a[0]), torch.zeros_like(self.blocks.g[0]), 0)
-        own = [moments.get(i, none) for i in self._positions]
-        present = torch.tensor([i in moments for i in self._positions])
+        own = [moments.get(i, none) for i in self.positions]
+        present = torch.tensor([i in moments for i in self.positions])
         a = torch.stack([m.a for m in own])
         g = torch.stack([m.g for m in own])
         rows = a.new_tensor([[m.rows] for m in own]).expand(a.shape[:2])
-        count = a.new_tensor([[samples * (i in moments)] for i in self._positions]).expand(a.shape[:2])
+        count = a.new_tensor([[samples * (i in moments)] for i in self.positions]).expand(a.shape[:2])
         finite = finite_matrices(a) & finite_matrices(g)
         if not finite.all():
             a, g = (torch.where(matrices(finite), x, 0.0) for x in (a, g))
@@ -84,9 +83,9 @@ class LayerStack:
     def _stacked(self, parameters: Sequence[Any], active: list[bool]) -> Tensor:
         grads = [
             p.grad if active[i] and p.grad is not None else torch.zeros_like(p)
-            for i, p in zip(self._positions, parameters, strict=True)
+            for i, p in zip(self.positions, parameters, strict=True)
         ]
-        n, replicas, d_out, _ = self.blocks.g.shape
+        n, replicas, _, d_out = self.blocks.g.shape
         return torch.stack(grads).reshape(n, replicas, d_out, -1).to(self.blocks.g.dtype)
 
     def precondition(self, gradients: Tensor, active: list[bool]) -> Tensor:
@@ -94,7 +93,7 @@ class LayerStack:
 
     def masked(self, updates: Tensor, active: list[bool]) -> Tensor:
         """Zero the layers that do not take part: they may have no inverse, and NaN times 0 is NaN."""
-        mine = [active[i] for i in self._positions]
+        mine = [active[i] for i in self.positions]
         if all(mine):
             return updates
         mask = torch.tensor(mine, device=updates.device)
@@ -106,21 +105,32 @@ class LayerStack:
         pieces: dict[int, Tensor] = {}
         for part, *parameters in zip(columns, *(layer.parameters for layer in self.layers), strict=True):
             shaped = part.reshape(len(parameters), *parameters[0].shape).to(parameters[0].dtype)
-            for i, parameter, piece in zip(self._positions, parameters, shaped.unbind(), strict=True):
+            for i, parameter, piece in zip(self.positions, parameters, shaped.unbind(), strict=True):
                 if active[i]:
                     pieces[id(parameter)] = piece
         return pieces
 
 
+def blocks_for(layer: Layer, number: int, device: torch.device | str, inverse: str) -> KroneckerBlocks:
+    """Of ``number`` layers like this one; on the device ``"meta"`` they have sizes and take no memory."""
+    options = {"dtype": layer.dtype, "device": device}
+    return KroneckerBlocks(
+        number, layer.replicas, *layer.matrix_shape, inverse, diagonal=layer.diagonal, **options
+    )
+
+
 def make_stacks(
-    layers: Sequence[Layer], param_groups: Sequence[dict[str, Any]], inverse: str
+    layers: Sequence[Layer], chosen: Iterable[int], group_of: Mapping[nn.Parameter, int], inverse: str
 ) -> list[LayerStack]:
-    """Group layers by the shape, type and device of their weights."""
-    group_of = {p: k for k, group in enumerate(param_groups) for p in group["params"]}
+    """Group the ``chosen`` of the layers by the shape, type and device of their weights.
+
+    ``group_of`` gives each parameter's parameter group.
+    """
     by_shape: dict[Any, list[int]] = {}
-    for i, layer in enumerate(layers):
-        key = (layer.weight.shape, layer.weight.dtype, layer.weight.device, layer.with_bias)
-        by_shape.setdefault(key, []).append(i)
+    for i in sorted(chosen):
+        layer = layers[i]
+        placed = layer.weight.dtype, layer.weight.device
+        by_shape.setdefault((layer.weight.shape, *placed, layer.with_bias, layer.diagonal), []).append(i)
     stacks = []
     for index in by_shape.values():
         members = [layers[i] for i in index]
@@ -129,7 +139,24 @@ def make_stacks(
     return stacks
 
 
-def _column_groups(layer: Layer, group_of: dict[nn.Parameter, int]) -> Tensor:
+def regrouped(
+    samples: Sequence[StackSample], old: Sequence[LayerStack], new: Sequence[LayerStack]
+) -> list[StackSample]:
+    """Samples of the stacks ``old`` as samples of ``new``, which hold their layers and others, unobserved."""
+    own = {
+        i: [part[k] for part in sample]
+        for stack, sample in zip(old, samples, strict=True)
+        for k, i in enumerate(stack.positions)
+    }
+    regrouped = []
+    for stack in new:
+        nothing = [part[0] for part in stack.sample({}, 0)]
+        members = [own.get(i, nothing) for i in stack.positions]
+        regrouped.append(StackSample(*(torch.stack(parts) for parts in zip(*members, strict=True))))
+    return regrouped
+
+
+def _column_groups(layer: Layer, group_of: Mapping[nn.Parameter, int]) -> Tensor:
     columns = torch.full((layer.matrix_shape[1],), group_of[layer.weight])
     if layer.bias is not None:
         columns[-1] = group_of[layer.bias]
