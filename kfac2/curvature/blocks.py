@@ -94,7 +94,9 @@ class KroneckerBlocks:
                 raise ValueError(f"layer {name!r} has no {field!r}: it was saved with another `inverse`")
             if state[field].shape != x.shape[1:]:
                 shapes = f"{tuple(state[field].shape)}, not {tuple(x.shape[1:])}"
-                raise ValueError(f"layer {name!r} was saved with another shape: its {field} is {shapes}")
+                raise ValueError(
+                    f"layer {name!r} was saved with another shape or max_factor_dim: its {field} is {shapes}"
+                )
 
     def load(self, states: list[dict[str, Tensor]]) -> None:
         """Take over the (checked) states of all ``n`` layers."""

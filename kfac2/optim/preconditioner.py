@@ -82,12 +82,11 @@ class Preconditioner:
         return own + sum(x.nbytes for x in coarse.values() if isinstance(x, Tensor))
 
     def allocate(self, observed: Iterable[int] = ()) -> None:
-        """Make room for the layers ``observed`` or trainable that have none yet; a warning if it is much."""
+        """Make room for the layers ``observed`` or trainable that have none yet."""
         old, allocated = self.stacks, self._allocated()
         missing = self._trainable().union(observed) - allocated
         if not missing:
             return
-        warn_of_little_memory([self.layers[i] for i in sorted(missing)], self._inverse)
         self._make_stacks(allocated | missing, self._states())
         self._observations.regroup(partial(regrouped, old=old, new=self.stacks))
 
@@ -106,6 +105,9 @@ class Preconditioner:
 
     def _make_stacks(self, chosen: Iterable[int], states: Mapping[str, dict[str, Any]]) -> None:
         """Stacks of the ``chosen`` layers, which go on from their ``states``, if they have one."""
+        chosen = sorted(chosen)
+        new = set(chosen) - self._allocated()
+        warn_of_little_memory([self.layers[i] for i in chosen if i in new], self._inverse)
         self.stacks = make_stacks(self.layers, chosen, self._group_of, self._inverse)
         for stack in self.stacks:
             own = [states.get(layer.name, {}) for layer in stack.layers]

@@ -127,7 +127,7 @@ def make_stacks(
     ``group_of`` gives each parameter's parameter group.
     """
     by_shape: dict[Any, list[int]] = {}
-    for i in sorted(chosen):
+    for i in chosen:
         layer = layers[i]
         placed = layer.weight.dtype, layer.weight.device
         by_shape.setdefault((layer.weight.shape, *placed, layer.with_bias, layer.diagonal), []).append(i)

@@ -168,8 +168,9 @@ def test_a_warning_before_more_than_half_of_what_is_free_is_taken(monkeypatch: p
             warnings.simplefilter("always")
             optimizer = build(KFAC, model)
             optimizer.update_curvature(model(x), labels=y)
+            build(KFAC, copy.deepcopy(model)).load_state_dict(optimizer.state_dict())
         texts = [str(one.message) for one in caught if "free on cpu" in str(one.message)]
-        assert len(texts) == told
+        assert len(texts) == 2 * told  # observed, and loaded
         assert all("most for 0 (2 MiB), 2 (1 MiB). A lower max_factor_dim" in text for text in texts)
 
 
