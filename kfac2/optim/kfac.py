@@ -35,7 +35,7 @@ class KFAC(torch.optim.SGD):
             criterion(output, y).backward()
             optimizer.step()
 
-    ``nn.Linear`` and ``nn.Conv2d`` are preconditioned (convolutions in one group, padded with zeros);
+    Linear layers and convolutions padded with zeros are preconditioned (``register_layer`` adds other types);
     every other parameter takes the plain SGD update (``print(optimizer)`` or ``optimizer.coverage`` lists
     which and why). ``.grad`` stays the plain gradient. A layer without gradient is skipped; one that no
     refresh has seen yet takes plain steps.

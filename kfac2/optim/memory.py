@@ -27,13 +27,13 @@ def limit_factors(
             "in 16 bits stand still (in bfloat16 one stops at 1.03 on its way from 1 to 1.1)"
         )
     for layer in layers:
-        too_large = (max_factor_dim is not None and d > max_factor_dim for d in layer.matrix_shape)
+        too_large = (max_factor_dim is not None and d > max_factor_dim for d in layer.factor_sizes)
         only_g, only_a = (old or new for old, new in zip(layer.diagonal, too_large, strict=True))
         layer.diagonal, layer.factor_dtype = (only_g, only_a), factor_dtype
 
 
 def diagonal_notes(layer: Layer) -> list[str]:
-    sides = zip(("output", "input"), layer.diagonal, layer.matrix_shape, strict=True)
+    sides = zip(("output", "input"), layer.diagonal, layer.factor_sizes, strict=True)
     return [f"only the diagonal of its {side} factor ({d:,} rows)" for side, only, d in sides if only]
 
 

@@ -40,7 +40,7 @@ class Batch:
         else:
             moments = layer.moments(inputs, gradients).reduced_to(layer.diagonal)
             self._moments[index] = moments.plus(self._moments.get(index))
-        if self.coarse is not None:
+        if self.coarse is not None and layer.outside_coarse is None:
             maps = layer.maps(inputs, gradients, self.coarse.basis(index))
             self._maps.setdefault(index, []).append((call, axes, *maps))
 

@@ -56,7 +56,8 @@ class Preconditioner:
         }
         self.diagnostics: dict[str, Tensor] = {}
         self._warned: set[str] = set()
-        self.outside_coarse: dict[int, str] = {}
+        outside = {i: layer.outside_coarse for i, layer in enumerate(layers) if coarse is not None}
+        self.outside_coarse = {i: why for i, why in outside.items() if why is not None}
         """Layers that the coarse space has to do without, and why."""
         self._observations = Observations()
         self._batch: Batch | None = None

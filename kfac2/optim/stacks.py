@@ -43,7 +43,7 @@ class LayerStack:
 
     def __init__(self, layers: Sequence[Layer], index: list[int], groups: Tensor, inverse: str):
         first = layers[0]
-        self.layers, self.with_bias = layers, first.with_bias
+        self.layers = layers
         self.index = torch.tensor(index, device=first.weight.device)
         self.groups = groups.to(first.weight.device)
         self.blocks = blocks_for(first, len(layers), first.weight.device, inverse)
@@ -75,21 +75,20 @@ class LayerStack:
 
     def gradients(self, active: list[bool]) -> Tensor:
         """Plain gradients, ``(n, R, d_out, d_in)``; zero for a layer that does not take part."""
-        weights = self._stacked([layer.weight for layer in self.layers], active)
-        if not self.with_bias:
-            return weights
-        return torch.cat([weights, self._stacked([layer.bias for layer in self.layers], active)], dim=-1)
+        parameters = zip(*(layer.parameters for layer in self.layers), strict=True)
+        return self.layers[0].matrix(*(self._stacked(same, active) for same in parameters))
 
     def _stacked(self, parameters: Sequence[Any], active: list[bool]) -> Tensor:
         grads = [
             p.grad if active[i] and p.grad is not None else torch.zeros_like(p)
             for i, p in zip(self.positions, parameters, strict=True)
         ]
-        n, replicas, _, d_out = self.blocks.g.shape
-        return torch.stack(grads).reshape(n, replicas, d_out, -1).to(self.blocks.g.dtype)
+        return torch.stack(grads).to(self.blocks.g.dtype)
 
     def precondition(self, gradients: Tensor, active: list[bool]) -> Tensor:
-        return self.masked(self.blocks.inverse.apply(gradients), active)
+        d_out, d_in = self.blocks.g.shape[-1], self.blocks.a.shape[-1]
+        blocks = gradients.reshape(len(gradients), -1, d_out, d_in)
+        return self.masked(self.blocks.inverse.apply(blocks).reshape(gradients.shape), active)
 
     def masked(self, updates: Tensor, active: list[bool]) -> Tensor:
         """Zero the layers that do not take part: they may have no inverse, and NaN times 0 is NaN."""
@@ -101,11 +100,11 @@ class LayerStack:
 
     def split(self, updates: Tensor, active: list[bool]) -> dict[int, Tensor]:
         """The updates of the layers that take part, shaped like their parameters, by parameter ``id``."""
-        columns = updates.split([updates.shape[-1] - 1, 1], dim=-1) if self.with_bias else [updates]
+        parts = self.layers[0].parts(updates)
         pieces: dict[int, Tensor] = {}
-        for part, *parameters in zip(columns, *(layer.parameters for layer in self.layers), strict=True):
-            shaped = part.reshape(len(parameters), *parameters[0].shape).to(parameters[0].dtype)
-            for i, parameter, piece in zip(self.positions, parameters, shaped.unbind(), strict=True):
+        for part, *parameters in zip(parts, *(layer.parameters for layer in self.layers), strict=True):
+            shaped = part.to(parameters[0].dtype).unbind()
+            for i, parameter, piece in zip(self.positions, parameters, shaped, strict=True):
                 if active[i]:
                     pieces[id(parameter)] = piece
         return pieces
@@ -114,23 +113,23 @@ class LayerStack:
 def blocks_for(layer: Layer, number: int, device: torch.device | str, inverse: str) -> KroneckerBlocks:
     """Of ``number`` layers like this one; on the device ``"meta"`` they have sizes and take no memory."""
     options = {"dtype": layer.dtype, "device": device}
-    return KroneckerBlocks(
-        number, layer.replicas, *layer.matrix_shape, inverse, diagonal=layer.diagonal, **options
-    )
+    blocks = layer.replicas * layer.row_blocks
+    return KroneckerBlocks(number, blocks, *layer.factor_sizes, inverse, diagonal=layer.diagonal, **options)
 
 
 def make_stacks(
     layers: Sequence[Layer], chosen: Iterable[int], group_of: Mapping[nn.Parameter, int], inverse: str
 ) -> list[LayerStack]:
-    """Group the ``chosen`` of the layers by the shape, type and device of their weights.
+    """Group the ``chosen`` layers of one kind by the shape, type and device of their weights.
 
     ``group_of`` gives each parameter's parameter group.
     """
     by_shape: dict[Any, list[int]] = {}
     for i in chosen:
         layer = layers[i]
+        kind = type(layer), layer.row_blocks, layer.with_bias, layer.diagonal
         placed = layer.weight.dtype, layer.weight.device
-        by_shape.setdefault((layer.weight.shape, *placed, layer.with_bias, layer.diagonal), []).append(i)
+        by_shape.setdefault((layer.weight.shape, *placed, *kind), []).append(i)
     stacks = []
     for index in by_shape.values():
         members = [layers[i] for i in index]

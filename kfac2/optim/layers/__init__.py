@@ -1,0 +1,25 @@
+"""One adapter per layer type: how a module's tensors become K-FAC statistics and gradient matrices.
+
+To support another type, write one class and ``register_layer`` it: that function's documentation has an example.
+"""
+
+from kfac2.optim.layers.base import Basis, Layer, Moments, Totals
+from kfac2.optim.layers.convolution import ConvolutionLayer, TransposedConvolutionLayer
+from kfac2.optim.layers.linear import LinearLayer, ReplicatedLinearLayer, TransposedLinearLayer
+from kfac2.optim.layers.registry import ADAPTERS, adapter_of, register_layer, why_without_adapter
+
+__all__ = [
+    "ADAPTERS",
+    "Basis",
+    "ConvolutionLayer",
+    "Layer",
+    "LinearLayer",
+    "Moments",
+    "ReplicatedLinearLayer",
+    "Totals",
+    "TransposedConvolutionLayer",
+    "TransposedLinearLayer",
+    "adapter_of",
+    "register_layer",
+    "why_without_adapter",
+]
