@@ -33,8 +33,14 @@ def limit_factors(
 
 
 def diagonal_notes(layer: Layer) -> list[str]:
-    sides = zip(("output", "input"), layer.diagonal, layer.factor_sizes, strict=True)
-    return [f"only the diagonal of its {side} factor ({d:,} rows)" for side, only, d in sides if only]
+    """A factor that is diagonal by itself (an embedding's, unless positions go together first) is not worth one."""
+    by_itself = (False, False) if layer.reduces else type(layer).diagonal
+    sides = zip(("output", "input"), layer.diagonal, by_itself, layer.factor_sizes, strict=True)
+    return [
+        f"only the diagonal of its {side} factor ({d:,} rows)"
+        for side, only, whole, d in sides
+        if only and not whole
+    ]
 
 
 def layer_bytes(layer: Layer, inverse: str) -> int:

@@ -54,7 +54,7 @@ def select_layers(
         reason = _reason_for_plain(name, module, adapter, optimized, excluded, shared)
         layer = None
         if adapter is not None and reason is None:
-            bias: nn.Parameter | None = module.bias  # pyright: ignore
+            bias: nn.Parameter | None = getattr(module, "bias", None)
             with_bias = bias is not None and bias.requires_grad and bias in optimized
             layer = adapter(canonical_name(name), module, with_bias)
             layers.append(layer)

@@ -96,7 +96,9 @@ def test_an_adapter_that_knows_no_diagonal_is_cut_down(monkeypatch: pytest.Monke
     models = [tokens()[0] for _ in range(2)]
     _, x, y = tokens()
     one_step(models[0], x, y, max_factor_dim=5)
-    monkeypatch.setattr("kfac2.optim.layers.second_moment", lambda columns, diagonal: columns @ columns.mT)
+    monkeypatch.setattr(
+        "kfac2.optim.layers.linear.second_moment", lambda columns, diagonal: columns @ columns.mT
+    )
     optimizer = one_step(models[1], x, y, max_factor_dim=5)
     assert all(
         is_diagonal(stack.blocks.g) or stack.blocks.g.shape[-1] <= 5

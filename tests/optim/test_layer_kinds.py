@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac2 import KFAC
+from kfac2.optim.layers import ADAPTERS
 from tests.optim.test_trajectories import (
     LEVELS,
     clip_between,
@@ -133,3 +135,108 @@ def test_a_transposed_convolution_may_be_told_its_output_size() -> None:
             real_step(optimizer, model, [batch])
     for one, other in zip(asking.parameters(), plain.parameters(), strict=True):
         close(one, other)
+
+
+@pytest.mark.parametrize("kind", convolutions())
+def test_diagonals_are_those_of_the_whole_factors(kind: str) -> None:
+    (one, _), sample = convolutions()[kind]
+    adapter = ADAPTERS[type(one)]("", one, one.bias is not None)
+    x = torch.randn(4, *sample)
+    gradients = torch.randn_like(one(x))
+    whole = adapter.moments(x, gradients)
+    adapter.diagonal = (True, True)
+    for only, full in zip(adapter.moments(x, gradients)[:2], whole[:2], strict=True):
+        close(only[:, 0], full.diagonal(dim1=1, dim2=2))
+
+
+@pytest.mark.parametrize("kind", convolutions())
+def test_totals_are_the_samples_own_sums(kind: str) -> None:
+    """One sample's K-FAC-reduce moment is an outer product of sums, here from the spelled-out layer."""
+    (one, _), sample = convolutions()[kind]
+    adapter = ADAPTERS[type(one)]("", one, one.bias is not None)
+    x, unfolded = torch.randn(3, *sample), Unfolded(one)
+    gradients = torch.randn_like(one(x))
+    a, g, positions = adapter.totals(x, gradients, axis=0)
+    patches = unfolded.patches(x).flatten(1, -3)
+    of_groups = torch.stack([part.flatten(-2).sum(1).T for part in patches.chunk(one.groups, dim=-2)])
+    close(a[:, : of_groups.shape[1]], of_groups)
+    assert positions == patches.shape[1] == gradients[0, 0].numel()
+    assert (a[:, of_groups.shape[1] :] == positions).all()
+    close(g.flatten(0, 1).T, gradients.flatten(2).sum(-1))
+
+
+WORDS = 6
+
+
+class OneHot(nn.Module):
+    """A row for each index: one there, zero elsewhere, and zero altogether at the padding."""
+
+    def __init__(self, padding: int | None) -> None:
+        super().__init__()
+        self.padding = padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = nn.functional.one_hot(x, WORDS).to(torch.get_default_dtype())
+        return rows if self.padding is None else rows * (x != self.padding)[..., None]
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.tanh().mean(1)
+
+
+@each_level
+@each_inverse
+@pytest.mark.parametrize("padding", [None, 2], ids=["words", "with padding"])
+def test_an_embedding_follows_the_linear_layer_of_one_hot_rows(
+    level: str, inverse: str, padding: int | None
+) -> None:
+    real_type, twin_type, extra = LEVELS[level]
+    options = options_for(GAUSSIAN, lr=1e-3, inverse=inverse, **extra)
+    batches = [
+        replace(batch, inputs=torch.randint(WORDS, (5, 4))) for batch in GAUSSIAN.batches(STEPS, size=5)
+    ]
+    embedding, linear = nn.Embedding(WORDS, 3, padding_idx=padding), nn.Linear(WORDS, 3, bias=False)
+    linear.weight.data = embedding.weight.detach().T.clone()
+    model = nn.Sequential(embedding, Mean(), nn.Linear(3, 2))
+    network = nn.Sequential(OneHot(padding), linear, Mean(), deepcopy(model[2]))
+    options["kl_clip"] = clip_between(twin_type, network, batches[0], options)
+    optimizer = real_type(model, **options)
+    if level != "one" and padding is not None:
+        options["outside_coarse"] = ["1"]
+    twin = twin_type(network, **options)
+    for batch in batches:
+        real_step(optimizer, model, [batch])
+        twin.step(batch.inputs, batch.labels, batch.loss)
+        for one, other in zip(model.parameters(), network.parameters(), strict=True):
+            close(one, other.mT if one is embedding.weight else other)
+    assert min(twin.clips) < 1
+    assert all(line.preconditioned and "diagonal" not in line.reason for line in optimizer.coverage)
+    if padding is not None:
+        assert not embedding.weight[padding].any()
+
+
+def test_an_embedding_reduces_to_the_diagonal() -> None:
+    embedding = nn.Embedding(WORDS, 3, padding_idx=0)
+    adapter = ADAPTERS[nn.Embedding]("", embedding, False)
+    x, gradients = torch.randint(WORDS, (4, 5)), torch.randn(4, 5, 3)
+    rows = OneHot(0)(x)
+    for axis in (0, 1):
+        a, g, positions = adapter.totals(x, gradients, axis)
+        close(a, rows.sum(1 - axis).T[None])
+        close(g, gradients.sum(1 - axis).T[None])
+        assert positions == x.shape[1 - axis]
+    optimizer = KFAC(nn.Sequential(embedding, Mean(), nn.Linear(3, 2)), weight_sharing="reduce")
+    assert "only the diagonal of its input factor" in optimizer.coverage[0].reason
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}],
+    ids=["norm", "freq", "sparse"],
+)
+def test_an_embedding_that_is_no_linear_layer_is_left_plain(options: dict[str, Any]) -> None:
+    optimizer = KFAC(nn.Sequential(nn.Embedding(WORDS, 3, **options), nn.Linear(3, 2)))
+    first, *_ = optimizer.coverage
+    assert not first.preconditioned
+    assert next(iter(options)) in first.reason

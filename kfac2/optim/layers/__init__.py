@@ -5,6 +5,7 @@ To support another type, write one class and ``register_layer`` it: that functio
 
 from kfac2.optim.layers.base import Basis, Layer, Moments, Totals
 from kfac2.optim.layers.convolution import ConvolutionLayer, TransposedConvolutionLayer
+from kfac2.optim.layers.embedding import EmbeddingLayer
 from kfac2.optim.layers.linear import LinearLayer, ReplicatedLinearLayer, TransposedLinearLayer
 from kfac2.optim.layers.registry import ADAPTERS, adapter_of, register_layer, why_without_adapter
 
@@ -12,6 +13,7 @@ __all__ = [
     "ADAPTERS",
     "Basis",
     "ConvolutionLayer",
+    "EmbeddingLayer",
     "Layer",
     "LinearLayer",
     "Moments",

@@ -61,7 +61,7 @@ class Layer:
     batch_axis: int | None = None
     """The axis of a call along which the samples run, where the user has said so."""
     diagonal: tuple[bool, bool] = (False, False)
-    """Whether only the diagonals of G and of A are kept (``max_factor_dim``)."""
+    """Whether only the diagonals of G and of A are kept: what an adapter's class says, and ``max_factor_dim``."""
     factor_dtype: torch.dtype | None = None
     row_blocks = 1
     """Equal parts of the gradient matrix's rows that have Kronecker factors of their own: the groups of a

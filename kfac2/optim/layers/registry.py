@@ -7,6 +7,7 @@ from torch import nn
 from kfac2.nn import ReplicatedLinear
 from kfac2.optim.layers.base import Layer
 from kfac2.optim.layers.convolution import ConvolutionLayer, TransposedConvolutionLayer
+from kfac2.optim.layers.embedding import EmbeddingLayer
 from kfac2.optim.layers.linear import ATTENTION, LinearLayer, ReplicatedLinearLayer, TransposedLinearLayer
 
 Kind = type[nn.Module] | str
@@ -19,6 +20,7 @@ ADAPTERS: dict[Kind, type[Layer]] = {
     nn.ConvTranspose1d: TransposedConvolutionLayer,
     nn.ConvTranspose2d: TransposedConvolutionLayer,
     nn.ConvTranspose3d: TransposedConvolutionLayer,
+    nn.Embedding: EmbeddingLayer,
     ReplicatedLinear: ReplicatedLinearLayer,
     "transformers.pytorch_utils.Conv1D": TransposedLinearLayer,
 }
@@ -54,7 +56,7 @@ def register_layer(kind: Kind, adapter: type[Layer]) -> None:
 
     Args:
         kind: the module's type, or its dotted name (``"package.module.Type"``) if it is not imported yet. Its
-            modules have a parameter ``weight``, and ``bias``, a parameter or None.
+            modules have a parameter ``weight``, and may have another, ``bias``.
         adapter: built with a module's name, the module and whether its bias is trained.
 
     Raises:
