@@ -54,6 +54,11 @@ def register_layer(kind: Kind, adapter: type[Layer]) -> None:
 
         kfac2.register_layer(Projection, ProjectionLayer)
 
+    The scale and shift of norms take the plain update unless they are registered too, with ``LayerNormLayer``,
+    ``GroupNormLayer`` or ``BatchNormLayer`` (also there)::
+
+        kfac2.register_layer(nn.LayerNorm, LayerNormLayer)
+
     Args:
         kind: the module's type, or its dotted name (``"package.module.Type"``) if it is not imported yet. Its
             modules have a parameter ``weight``, and may have another, ``bias``.
