@@ -13,13 +13,25 @@ class KroneckerBlocks:
     """Running factors and damped inverses of ``n`` layers of one shape in ``R`` replicas.
 
     ``a`` (the paper's A, ``(n, R, d_in, d_in)``) and ``g`` (G, ``(n, R, d_out, d_out)``) are running
-    averages; ``seen`` ``(n, R)`` says which have had a finite sample, ``attempted`` ``(n,)`` which
-    layers had any sample. ``inverse`` is NaN where no refresh has found finite factors.
+    averages, or of the diagonals alone, as rows ``(n, R, 1, d)``; ``seen`` ``(n, R)`` says which have had a
+    finite sample, ``attempted`` ``(n,)`` which layers had any sample. ``inverse`` is NaN where no refresh has
+    found finite factors.
     """
 
-    def __init__(self, layers: int, replicas: int, d_out: int, d_in: int, inverse: str, **options: Any):
-        self.a = torch.zeros(layers, replicas, d_in, d_in, **options)
-        self.g = torch.zeros(layers, replicas, d_out, d_out, **options)
+    def __init__(
+        self,
+        layers: int,
+        replicas: int,
+        d_out: int,
+        d_in: int,
+        inverse: str,
+        diagonal: tuple[bool, bool] = (False, False),
+        **options: Any,
+    ):
+        """``diagonal``: whether only the diagonals of G and of A are kept."""
+        g_rows, a_rows = (1 if only else d for only, d in zip(diagonal, (d_out, d_in), strict=True))
+        self.a = torch.zeros(layers, replicas, a_rows, d_in, **options)
+        self.g = torch.zeros(layers, replicas, g_rows, d_out, **options)
         self.seen = torch.zeros(layers, replicas, dtype=torch.bool, device=self.a.device)
         self.attempted = torch.zeros(layers, dtype=torch.bool)
         self._inverse = INVERSES[inverse]
@@ -82,7 +94,9 @@ class KroneckerBlocks:
                 raise ValueError(f"layer {name!r} has no {field!r}: it was saved with another `inverse`")
             if state[field].shape != x.shape[1:]:
                 shapes = f"{tuple(state[field].shape)}, not {tuple(x.shape[1:])}"
-                raise ValueError(f"layer {name!r} was saved with another shape: its {field} is {shapes}")
+                raise ValueError(
+                    f"layer {name!r} was saved with another shape or max_factor_dim: its {field} is {shapes}"
+                )
 
     def load(self, states: list[dict[str, Tensor]]) -> None:
         """Take over the (checked) states of all ``n`` layers."""

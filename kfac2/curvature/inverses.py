@@ -1,7 +1,8 @@
 """Damped inverses of Kronecker-factored blocks, batched over any leading axes.
 
 A block is ``A ⊗ G`` with ``A`` of shape ``(..., d_in, d_in)`` and ``G`` of shape ``(..., d_out, d_out)``;
-a gradient is ``(..., d_out, d_in)``. A matrix that cannot be inverted gives NaN in its own slot only; one on
+a factor of which only the diagonal is kept is a row ``(..., 1, d)``, and so are its eigenvectors and inverse.
+A gradient is ``(..., d_out, d_in)``. A matrix that cannot be inverted gives NaN in its own slot only; one on
 which single precision fails is tried in double precision first.
 """
 
@@ -12,6 +13,14 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # pyright: ignore
 
 from kfac2.curvature.averages import finite_matrices, matrices
+from kfac2.curvature.diagonal import (
+    diagonal_eigh,
+    diagonal_inverse,
+    diagonal_of,
+    is_diagonal,
+    left_product,
+    right_product,
+)
 
 
 class EigenInverse(NamedTuple):
@@ -44,8 +53,9 @@ class EigenInverse(NamedTuple):
         return cls(eigenvectors_a, eigenvectors_g, 1 / (products + damping))
 
     def apply(self, gradient: Tensor) -> Tensor:
-        rotated = self.eigenvectors_g.mT @ gradient @ self.eigenvectors_a
-        return self.eigenvectors_g @ (rotated * self.reciprocals) @ self.eigenvectors_a.mT
+        rotated = right_product(left_product(self.eigenvectors_g.mT, gradient), self.eigenvectors_a)
+        scaled = left_product(self.eigenvectors_g, rotated * self.reciprocals)
+        return right_product(scaled, self.eigenvectors_a.mT)
 
 
 class TikhonovInverse(NamedTuple):
@@ -71,7 +81,7 @@ class TikhonovInverse(NamedTuple):
         return cls(spd_inverse_or_nan(a, pi * root), spd_inverse_or_nan(g, root / pi))
 
     def apply(self, gradient: Tensor) -> Tensor:
-        return self.inverse_g @ gradient @ self.inverse_a
+        return right_product(left_product(self.inverse_g, gradient), self.inverse_a)
 
 
 Inverse = EigenInverse | TikhonovInverse
@@ -83,8 +93,8 @@ INVERSES: dict[str, type[EigenInverse] | type[TikhonovInverse]] = {
 
 def tikhonov_pi(a: Tensor, g: Tensor) -> Tensor:
     """π of eq. 8: ``sqrt((tr A / d_in) / (tr G / d_out))``, float64; 1 where a trace is zero."""
-    mean_a = a.diagonal(dim1=-2, dim2=-1).double().mean(-1)
-    mean_g = g.diagonal(dim1=-2, dim2=-1).double().mean(-1)
+    mean_a = diagonal_of(a).double().mean(-1)
+    mean_g = diagonal_of(g).double().mean(-1)
     pi = (mean_a / mean_g).sqrt()
     return torch.where(pi.isfinite() & (pi > 0), pi, torch.ones_like(pi))
 
@@ -94,6 +104,8 @@ def eigh_or_nan(x: Tensor) -> tuple[Tensor, Tensor]:
 
     ``torch.linalg.eigh`` raises for the whole batch, and LAPACK may not return on a NaN.
     """
+    if is_diagonal(x):
+        return diagonal_eigh(x)
     finite = finite_matrices(x)
     safe = torch.where(matrices(finite), x, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
     try:
@@ -139,6 +151,8 @@ def _eigh_one_by_one(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def spd_inverse_or_nan(x: Tensor, shift: Tensor) -> Tensor:
     """``(x + shift I)^{-1}`` of semi-definite matrices by Cholesky; NaN where that is not positive definite."""
+    if is_diagonal(x):
+        return diagonal_inverse(x, shift)
     shifted = x.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(shift.squeeze(-1))
     factor, info = torch.linalg.cholesky_ex(shifted)
@@ -168,4 +182,6 @@ def _inverse_by_eigenvalues(x: Tensor, shift: Tensor) -> Tensor:
 
 def _identity_like(x: Tensor) -> Tensor:
     """One identity for each matrix of ``x``."""
+    if is_diagonal(x):
+        return torch.ones_like(x)
     return torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand_as(x).clone()

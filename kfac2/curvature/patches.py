@@ -1,7 +1,8 @@
 """Moments and sums of a convolution's input patches, without keeping the patches."""
 
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -15,38 +16,55 @@ LARGEST_UNFOLDING = 2**22
 
 
 class Window(NamedTuple):
-    """Which inputs a convolution sees at each position; pairs are (vertical, horizontal)."""
+    """Which inputs a convolution sees at each position, with an entry for each of its one to three axes."""
 
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
-    """Left, right, top, bottom, as ``torch.nn.functional.pad`` takes it."""
+    kernel: tuple[int, ...] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
+    dilation: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0, 0, 0)
+    """Before and after, the last axis first, as ``torch.nn.functional.pad`` takes it."""
+
+    @staticmethod
+    def of_one(axes: int) -> "Window":
+        """Each position by itself."""
+        ones = (1,) * axes
+        return Window(ones, ones, ones, (0,) * (2 * axes))
 
 
 def patch_moment(x: Tensor, window: Window, with_ones: bool) -> Tensor:
     """Sum over batch and positions of ``a aᵀ``, a patch with a one appended: ``(d, d)``.
 
-    ``x`` ``(B, C, H, W)``; ``d`` counts the patch's entries in a weight's order (channel, row, column),
-    and the one.
+    ``x`` ``(B, C, *axes)``; ``d`` counts the patch's entries in a weight's order (the channel first), and
+    the one.
     """
+    return patch_moments(x, window, with_ones, groups=1)[0]
+
+
+def patch_moments(x: Tensor, window: Window, with_ones: bool, groups: int) -> Tensor:
+    """``patch_moment`` of each of the channels' ``groups``: ``(groups, d, d)``."""
     x = x.contiguous()  # unfolding channels that lie innermost in memory takes several times longer
-    per_image = x[0].numel() * window.kernel[0] * window.kernel[1]
-    moment = _moment_by_rows if window.stride[0] == 1 else _moment_of_patches
-    parts = x.split(max(1, LARGEST_UNFOLDING // per_image))
-    return reduce(torch.add, (moment(part, window, with_ones) for part in parts))
+    if groups == 1 and len(window.kernel) == 2 and window.stride[0] == 1:
+        moment = partial(_moment_by_rows, window=window, with_ones=with_ones)
+    else:
+        moment = partial(_moments_of_patches, window=window, with_ones=with_ones, groups=groups)
+    parts = x.split(max(1, LARGEST_UNFOLDING // (x[0].numel() * prod(window.kernel))))
+    return reduce(torch.add, map(moment, parts))
 
 
 def patch_sums(x: Tensor, window: Window) -> Tensor:
-    """``1ᵀ a`` of each patch (without the one): ``(B, H_out, W_out)``."""
-    padded = F.pad(x.sum(1), window.padding)
-    return _slide(_slide(padded, 2, 1, window).sum(-1), 1, 0, window).sum(-1)
+    """``1ᵀ a`` of each patch (without the one): ``(B, *positions)``."""
+    sums = F.pad(x.sum(1), window.padding)
+    for axis in reversed(range(len(window.kernel))):
+        sums = _slide(sums, 1 + axis, axis, window).sum(-1)
+    return sums
 
 
 def patch_totals(x: Tensor, window: Window) -> Tensor:
-    """Each image's sum of its patches (without the one): ``(B, d)``, in a weight's order."""
-    rows = _slide(F.pad(x, window.padding), 2, 0, window).sum(2)
-    return _slide(rows, 2, 1, window).sum(2).flatten(1)
+    """Each sample's sum of its patches (without the one): ``(B, d)``, in a weight's order."""
+    totals = F.pad(x, window.padding)
+    for axis in range(len(window.kernel)):
+        totals = _slide(totals, 2, axis, window).sum(2)
+    return totals.flatten(1)
 
 
 def _slide(x: Tensor, dim: int, axis: int, window: Window) -> Tensor:
@@ -56,11 +74,16 @@ def _slide(x: Tensor, dim: int, axis: int, window: Window) -> Tensor:
     return x.unfold(dim, extent, window.stride[axis])[..., ::dilation]
 
 
-def _moment_of_patches(x: Tensor, window: Window, with_ones: bool) -> Tensor:
-    seen = _slide(_slide(F.pad(x, window.padding), 2, 0, window), 3, 1, window)
-    patches = seen.permute(1, 4, 5, 0, 2, 3).flatten(3).flatten(0, 2)
-    moment = patches @ patches.T
-    return _append_one(moment, patches.sum(1), patches.shape[1]) if with_ones else moment
+def _moments_of_patches(x: Tensor, window: Window, with_ones: bool, groups: int) -> Tensor:
+    axes = len(window.kernel)
+    seen = F.pad(x, window.padding)
+    for axis in range(axes):
+        seen = _slide(seen, 2 + axis, axis, window)
+    positions, taps = range(2, 2 + axes), range(2 + axes, 2 + 2 * axes)
+    patches = seen.permute(1, *taps, 0, *positions).flatten(1 + axes)
+    patches = patches.reshape(groups, -1, patches.shape[-1])
+    moments = patches @ patches.mT
+    return _append_one(moments, patches.sum(-1), patches.shape[-1]) if with_ones else moments
 
 
 def _moment_by_rows(x: Tensor, window: Window, with_ones: bool) -> Tensor:
@@ -94,13 +117,13 @@ def _moment_by_rows(x: Tensor, window: Window, with_ones: bool) -> Tensor:
             moment[row, :, row + apart] = block
             moment[row + apart, :, row] = block.T
     order = moment.view(rows, channels, columns, rows, channels, columns).permute(1, 0, 2, 4, 3, 5)
-    moment = order.reshape(rows * len(lines), rows * len(lines))
+    moment = order.reshape(1, rows * len(lines), rows * len(lines))
     if not with_ones:
         return moment
     line_sums = lines.sum(2)
     sums = torch.stack([line_sums[:, slice(*seen_by(row))].sum(1) for row in range(rows)])
     sums = sums.view(rows, channels, columns).transpose(0, 1).flatten()
-    return _append_one(moment, sums, positions * batch * width)
+    return _append_one(moment, sums[None], positions * batch * width)
 
 
 def _products_of_spans(spans: list[Span], product: Callable[[Span], Tensor]) -> list[Tensor]:
@@ -116,8 +139,8 @@ def _products_of_spans(spans: list[Span], product: Callable[[Span], Tensor]) -> 
     return blocks
 
 
-def _append_one(moment: Tensor, sums: Tensor, count: int) -> Tensor:
-    """The moment of ``[a 1]`` from that of ``a``, its sum and the number of patches."""
-    above = torch.cat([moment, sums[:, None]], dim=1)
-    below = torch.cat([sums, sums.new_tensor([float(count)])])
-    return torch.cat([above, below[None]])
+def _append_one(moments: Tensor, sums: Tensor, count: int) -> Tensor:
+    """The moments of ``[a 1]`` from those of ``a``, their sums and the number of patches."""
+    above = torch.cat([moments, sums[..., None]], dim=-1)
+    below = F.pad(sums, (0, 1), value=float(count))
+    return torch.cat([above, below[..., None, :]], dim=-2)

@@ -98,7 +98,7 @@ class Capture:
             return
         if module.weight is not layer.weight or not (layer.weight.requires_grad and output.requires_grad):
             return
-        inputs = args[0] if args else kwargs["input"]
+        inputs = layer.input_of(args, kwargs)
         node, output_nr, *_ = get_gradient_edge(_without_view(output))
         nodes = range(first, next_sequence_number())
         call = Call(index, inputs.detach(), inputs._version, output.shape, output_nr, nodes)

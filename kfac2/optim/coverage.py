@@ -31,19 +31,14 @@ class Entry(NamedTuple):
     reason: str
     """Why it is plain, or what block it is part of."""
 
-    def line(self, plain: Mapping[int, str], outside_coarse: Mapping[int, str] = {}) -> Coverage:
-        """``plain`` and ``outside_coarse``: layers left to plain SGD or to one level, with the reason."""
+    def line(self, plain: Mapping[int, str], notes: Mapping[int, Sequence[str]] = {}) -> Coverage:
+        """``plain``: layers left to plain SGD, with the reason; ``notes``: what is special about others."""
         if self.layer is None:
             return Coverage(self.name, False, self.reason)
         if self.layer in plain:
             return Coverage(self.name, False, plain[self.layer])
-        frozen = "" if self.parameter.requires_grad else ", frozen now"
-        outside = (
-            f", outside the coarse space: {outside_coarse[self.layer]}"
-            if self.layer in outside_coarse
-            else ""
-        )
-        return Coverage(self.name, True, f"{self.reason}{frozen}{outside}")
+        frozen = [] if self.parameter.requires_grad else ["frozen now"]
+        return Coverage(self.name, True, ", ".join([self.reason, *frozen, *notes.get(self.layer, [])]))
 
 
 def summary(entries: Sequence[Entry], layers: Sequence[Layer], plain: Mapping[int, str], memory: int) -> str:

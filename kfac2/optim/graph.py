@@ -87,7 +87,7 @@ def _classify(
             behind.deepest.append(node)
     leads[node] = below or call is not None
     carried = [carries[child] for child in children if child in carries]
-    if carried and len(children) == 1:
+    if carried and len(children) == 1 and call is None:
         carries[node] = carried[0]
     else:
         behind.uses += [(layer, node) for layer in carried]

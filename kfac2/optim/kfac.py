@@ -13,9 +13,11 @@ from kfac2.curvature import INVERSES, CoarseSpace
 from kfac2.optim.capture import Capture
 from kfac2.optim.coverage import Coverage, summary
 from kfac2.optim.losses import loss_of
+from kfac2.optim.memory import limit_factors
 from kfac2.optim.observation import sampled_backward
 from kfac2.optim.options import SharedOptions, as_generators, check_choice, refuse_distributed, shared_options
 from kfac2.optim.preconditioner import Preconditioner
+from kfac2.optim.rest import Rest, check_same_rest, name_of, split_rest, with_rest
 from kfac2.optim.samples import set_sharing
 from kfac2.optim.selection import Exclude, refuse_wrapped, select_layers
 from kfac2.optim.state import ENTRY, placement, with_carrier, without_entry
@@ -33,7 +35,7 @@ class KFAC(torch.optim.SGD):
         optimizer.step()
     ```
 
-    ``nn.Linear`` and ``nn.Conv2d`` are preconditioned (convolutions in one group, padded with zeros);
+    Linear layers and convolutions padded with zeros are preconditioned (``register_layer`` adds other types);
     every other parameter takes the plain SGD update (``print(optimizer)`` or ``optimizer.coverage`` lists
     which and why). ``.grad`` stays the plain gradient. A layer without gradient is skipped; one that no
     refresh has seen yet takes plain steps.
@@ -69,7 +71,23 @@ class KFAC(torch.optim.SGD):
             one sample after the other. One for all layers that have that many axes (features not
             counted), or a mapping from module names. Only ``"reduce"`` and two levels need it: a
             layer whose samples are not found is an error there, and here has no coarse correction.
+        max_factor_dim: of a layer's factor with more rows than this only the diagonal is kept (``coverage`` names
+            it); None: no limit. A diagonal, not blocks: the rows of a large side are a vocabulary's words
+            or a patch's entries, whose order means nothing, and blocks would be chosen by it. Of a softmax
+            over many classes the output factor, the mean of ``diag(p) - p pᵀ``, is nearly diagonal.
+        factor_dtype: of the factors and inverses, ``torch.float32`` or ``torch.float64``; None: the weight's,
+            float32 at least. 16 bits are refused: running averages stand still (``bfloat16`` on the way from 1 to
+            1.1 at 1.03).
+        rest: what updates the parameters that are not preconditioned: ``"sgd"``, with this optimizer's own
+            options, or a function that makes an optimizer of a list of them, as
+            ``partial(torch.optim.AdamW, lr=1e-3)``. It stands in ``optimizer.rest``, steps, zeroes, saves and loads
+            with this one, and its groups are the last of ``param_groups``: a scheduler on this optimizer drives
+            all of them, one on ``optimizer.rest`` its own. A layer that is supported but never seen by a
+            refresh stays with plain SGD.
         coarse: a ``CoarseSpace`` makes it two-level; ``TwoLevelKFAC`` builds the paper's.
+
+    The curvature's memory (``print(optimizer)`` says how much) is taken at the first ``update_curvature``, for
+    the layers that are trainable by then, where the parameters are then; frozen layers take none.
 
     Raises:
         ValueError: an option out of its range, an unknown name, or a model that cannot be captured.
@@ -98,6 +116,9 @@ class KFAC(torch.optim.SGD):
         exclude: Exclude = (),
         weight_sharing: str | Mapping[str, str] = "expand",
         batch_axis: int | Mapping[str, int] | None = None,
+        max_factor_dim: int | None = 8192,
+        factor_dtype: torch.dtype | None = None,
+        rest: Rest = "sgd",
         coarse: CoarseSpace | None = None,
     ):
         if not isinstance(model, nn.Module):
@@ -125,8 +146,15 @@ class KFAC(torch.optim.SGD):
         shared_options(self.param_groups)
 
         optimized = {p for group in self.param_groups for p in group["params"]}
-        layers, self._entries = select_layers(model, optimized, exclude)
+        layers, entries = select_layers(model, optimized, exclude)
         set_sharing(layers, weight_sharing, batch_axis)
+        limit_factors(layers, max_factor_dim, factor_dtype)
+        preconditioned = {p for layer in layers for p in layer.parameters}
+        self._number_of_own_groups = len(self.param_groups)
+        self.rest = split_rest(rest, self.param_groups, preconditioned)
+        self.param_groups.extend([] if self.rest is None else self.rest.param_groups)
+        self._share_with_rest()
+        self._entries = with_rest(entries, self.rest)
         self.preconditioner = Preconditioner(layers, self.param_groups, inverse, factor_decay, coarse)
         self._loss = loss._replace(replicas=layers[0].replicas if layers[0].replicated else None)
         self._generators = as_generators(generator, layers[0].replicas)
@@ -214,7 +242,7 @@ class KFAC(torch.optim.SGD):
         if self._only_makes_state():
             return loss
         self._follow_model()
-        options, preconditioner = shared_options(self.param_groups), self.preconditioner
+        options, preconditioner = shared_options(self._own_groups), self.preconditioner
         if self.refresh_is_due:
             preconditioner.refresh_factors()
             self._capture.release()
@@ -223,9 +251,10 @@ class KFAC(torch.optim.SGD):
             preconditioner.refresh_inverses(options.damping)
         gradients, active = preconditioner.gradients()
         updates = preconditioner.precondition(gradients, active)
-        lrs = [float(group["lr"]) for group in self.param_groups]
+        lrs = [float(group["lr"]) for group in self._own_groups]
         preconditioner.clip(updates, gradients, lrs, options.kl_clip)
         self._update_parameters(preconditioner.split(updates, active))
+        self._step_rest()
         preconditioner.iteration += 1
         return loss
 
@@ -233,7 +262,7 @@ class KFAC(torch.optim.SGD):
     def refresh_is_due(self) -> bool:
         """Whether the coming step refreshes the factors: then, and only then, forward passes are captured
         and ``update_curvature`` must be called."""
-        interval = shared_options(self.param_groups).factor_interval
+        interval = shared_options(self._own_groups).factor_interval
         return self.preconditioner.iteration % interval == 0 and self.preconditioner.has_trainable_layer()
 
     def detach(self) -> None:
@@ -246,8 +275,8 @@ class KFAC(torch.optim.SGD):
     @property
     def coverage(self) -> list[Coverage]:
         """A line on each of the model's parameters: whether it is preconditioned, and why."""
-        plain = self._plain()
-        return [entry.line(plain, self.preconditioner.outside_coarse) for entry in self._entries]
+        plain, notes = self._plain(), self.preconditioner.notes()
+        return [entry.line(plain, notes) for entry in self._entries]
 
     @property
     def diagnostics(self) -> dict[str, Tensor]:
@@ -284,6 +313,11 @@ class KFAC(torch.optim.SGD):
         """The coarse space; None with one level."""
         return self.preconditioner.coarse
 
+    @property
+    def _own_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups but for the rest's."""
+        return self.param_groups[: self._number_of_own_groups]
+
     def _plain(self) -> dict[int, str]:
         """Positions of the layers that take plain steps, with the reason."""
         unseen = dict.fromkeys(self.preconditioner.unseen_layers(), "never seen by a refresh")
@@ -300,7 +334,7 @@ class KFAC(torch.optim.SGD):
 
     def _update_parameters(self, preconditioned: dict[int, Tensor]) -> None:
         """SGD's own update (weight decay, heavy ball), with the preconditioned gradients by ``id``."""
-        for group in self.param_groups:
+        for group in self._own_groups:
             params = [p for p in group["params"] if p.grad is not None]
             started = [p for p in params if "momentum_buffer" in self.state[p]]
             if 0 < len(started) < len(params):  # torch's fused update wants all buffers or none
@@ -309,6 +343,16 @@ class KFAC(torch.optim.SGD):
                 self._sgd(group, [p for p in params if p not in known], preconditioned)
             else:
                 self._sgd(group, params, preconditioned)
+
+    def _share_with_rest(self) -> None:
+        """The rest reads the groups and the state that are saved, loaded and scheduled here."""
+        if self.rest is not None:
+            self.rest.state = self.state
+            self.rest.param_groups = self.param_groups[self._number_of_own_groups :]
+
+    def _step_rest(self) -> None:
+        if self.rest is not None:
+            self.rest.step()
 
     def _sgd(self, group: dict[str, Any], params: list[Tensor], updates: dict[int, Tensor]) -> None:
         grads: list[Tensor] = [updates.get(id(p), p.grad) for p in params]  # pyright: ignore
@@ -343,12 +387,13 @@ class KFAC(torch.optim.SGD):
         """
         if self.state or any(group["lr"] for group in self.param_groups):
             return False
-        momenta = {p: group["momentum"] for group in self.param_groups for p in group["params"]}
-        given = [p for p in momenta if p.grad is not None]
-        if any(p.grad.any() for p in given):
+        if any(p.grad.any() for group in self.param_groups for p in group["params"] if p.grad is not None):
             return False
-        for p in given:
-            self.state[p] = {"momentum_buffer": torch.zeros_like(p)} if momenta[p] else {}
+        for group in self._own_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                self.state[p] = {"momentum_buffer": torch.zeros_like(p)} if group["momentum"] else {}
+        self._step_rest()
+        self.preconditioner.allocate()
         return True
 
     def _follow_model(self) -> None:
@@ -357,8 +402,9 @@ class KFAC(torch.optim.SGD):
         if now == self._placement:
             return
         for p, own in self.state.items():
-            own.update({key: x.to(p) for key, x in own.items() if isinstance(x, Tensor)})
-        self.preconditioner.relocate(self.param_groups)
+            moved = {key: x.to(p) for key, x in own.items() if isinstance(x, Tensor) and key != "step"}
+            own.update(moved)  # a count of steps stays what it is, as in torch
+        self.preconditioner.relocate()
         self._placement = now
 
     # -- state --------------------------------------------------------------------------------------
@@ -386,6 +432,8 @@ class KFAC(torch.optim.SGD):
         def add(_: Any, state: dict[str, Any]) -> None:
             generators = [generator.get_state() for generator in self._generators]
             state[ENTRY] = self.preconditioner.state_dict() | {"generators": generators}
+            if self.rest is not None:
+                state[ENTRY]["rest"] = name_of(self.rest)
 
         with self.register_state_dict_post_hook(add, prepend=True):  # ahead of hooks that want to see it
             return with_carrier(super().state_dict(), self.param_groups)
@@ -401,6 +449,7 @@ class KFAC(torch.optim.SGD):
         def take(_: Any, state: dict[str, Any]) -> dict[str, Any]:
             nonlocal entry
             entry, rest = without_entry(state)
+            check_same_rest(entry.get("rest"), self.rest)
             self.preconditioner.check_state_dict(entry)
             return rest
 
@@ -411,6 +460,7 @@ class KFAC(torch.optim.SGD):
             super().load_state_dict(state_dict)
 
     def _load_entry(self, entry: dict[str, Any]) -> None:
+        self._share_with_rest()
         self.preconditioner.load_state_dict(entry)
         self._capture.release()
         try:

@@ -38,8 +38,9 @@ class Batch:
         if layer.reduces:
             self._reduce(index, inputs, gradients, call)
         else:
-            self._moments[index] = layer.moments(inputs, gradients).plus(self._moments.get(index))
-        if self.coarse is not None:
+            moments = layer.moments(inputs, gradients).reduced_to(layer.diagonal)
+            self._moments[index] = moments.plus(self._moments.get(index))
+        if self.coarse is not None and layer.outside_coarse is None:
             maps = layer.maps(inputs, gradients, self.coarse.basis(index))
             self._maps.setdefault(index, []).append((call, axes, *maps))
 
@@ -60,7 +61,9 @@ class Batch:
         """
         reduced: dict[int, Moments] = {}
         for index, calls in self._totals.items():
-            moments = reduced_moments([totals for _, totals in _in_order(calls)], self.samples)
+            moments = reduced_moments(
+                [totals for _, totals in _in_order(calls)], self.samples, self.layers[index].diagonal
+            )
             if moments is None:
                 self._not_found[index] = self._where([(totals.a.shape[-1],) for _, totals in calls])
             else:
@@ -154,6 +157,11 @@ class Observations:
         self.forget_used()
         for one in self._waiting:
             one.survived = True
+
+    def regroup(self, regrouped: Callable[[Sequence[StackSample]], Sequence[StackSample]]) -> None:
+        """Follow the layers to other stacks."""
+        for one in self._waiting:
+            one.stacks = regrouped(one.stacks)
 
     def take(self) -> Observation | None:
         """What counts: the batches whose training loss was back-propagated, or else all."""

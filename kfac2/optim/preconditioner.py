@@ -1,7 +1,8 @@
 """What K-FAC remembers of the curvature, and how it turns gradients into updates."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch.autograd.graph import Node
 from kfac2.curvature import CoarseSpace, kl_clip_factor, ratio_factor
 from kfac2.curvature.averages import decay_at, matrices
 from kfac2.optim.layers import Layer
+from kfac2.optim.memory import diagonal_notes, layer_bytes, warn_of_little_memory
 from kfac2.optim.observation import Batch, Observation, Observations
-from kfac2.optim.stacks import make_stacks
+from kfac2.optim.stacks import LayerStack, blocks_for, make_stacks, regrouped
 
 Blocks = list[Tensor]
 """One tensor ``(n, R, d_out, d_in)`` per stack of layers."""
@@ -21,7 +23,8 @@ Blocks = list[Tensor]
 class Preconditioner:
     """Kronecker factors, damped inverses and, with two levels, a coarse space.
 
-    ``iteration`` counts the finished steps: the paper's t is one more. ``ready`` says which layers have
+    The layers in ``stacks`` are those whose state is allocated: from the first observation on all that could be
+    trained then. ``iteration`` counts the finished steps: the paper's t is one more. ``ready`` says which layers have
     been through a refresh of the inverses; the others take plain steps. So do, whatever has been seen of
     them, those in ``plain``: their positions, with the reason.
     """
@@ -37,7 +40,8 @@ class Preconditioner:
         self.layers, self.factor_decay, self.coarse = layers, factor_decay, coarse
         self.replicas, self.replicated = layers[0].replicas, layers[0].replicated
         self._inverse = inverse
-        self.stacks = make_stacks(layers, param_groups, inverse)
+        self._group_of = {p: k for k, group in enumerate(param_groups) for p in group["params"]}
+        self.stacks: list[LayerStack] = []
         if coarse is not None:
             shapes = [layer.matrix_shape for layer in layers]
             coarse.bind(shapes, self.replicas, layers[0].weight.device)
@@ -52,7 +56,8 @@ class Preconditioner:
         }
         self.diagnostics: dict[str, Tensor] = {}
         self._warned: set[str] = set()
-        self.outside_coarse: dict[int, str] = {}
+        outside = {i: layer.outside_coarse for i, layer in enumerate(layers) if coarse is not None}
+        self.outside_coarse = {i: why for i, why in outside.items() if why is not None}
         """Layers that the coarse space has to do without, and why."""
         self._observations = Observations()
         self._batch: Batch | None = None
@@ -63,25 +68,54 @@ class Preconditioner:
     def unseen_layers(self) -> list[int]:
         """After the first refresh of the factors, the layers that none has seen though they could be."""
         attempted = {
-            index: bool(seen)
-            for stack in self.stacks
-            for index, seen in zip(stack.index.tolist(), stack.blocks.attempted, strict=True)
-        }
-        if not any(attempted.values()):
-            return []
-        return [
             i
-            for i, layer in enumerate(self.layers)
-            if layer.weight.requires_grad and not attempted[i] and i not in self.plain
-        ]
+            for stack in self.stacks
+            for i, seen in zip(stack.positions, stack.blocks.attempted.tolist(), strict=True)
+            if seen
+        }
+        return sorted(self._trainable() - attempted) if attempted else []
 
     def memory(self) -> int:
-        """Bytes of the factors, their inverses and the coarse matrices."""
-        state = self.state_dict()
-        parts = [*state["layers"].values(), state["coarse"] or {}]
-        return sum(x.nbytes for part in parts for x in part.values() if isinstance(x, Tensor))
+        """Bytes of the factors, their inverses and the coarse matrices, allocated or to be allocated."""
+        coarse = {} if self.coarse is None else self.coarse.state_dict()
+        layers = [self.layers[i] for i in self._allocated() | self._trainable()]
+        own = sum(layer_bytes(layer, self._inverse) for layer in layers)
+        return own + sum(x.nbytes for x in coarse.values() if isinstance(x, Tensor))
 
-    def relocate(self, param_groups: Sequence[dict[str, Any]]) -> None:
+    def allocate(self, observed: Iterable[int] = ()) -> None:
+        """Make room for the layers ``observed`` or trainable that have none yet."""
+        old, allocated = self.stacks, self._allocated()
+        missing = self._trainable().union(observed) - allocated
+        if not missing:
+            return
+        self._make_stacks(allocated | missing, self._states())
+        self._observations.regroup(partial(regrouped, old=old, new=self.stacks))
+
+    def notes(self) -> dict[int, list[str]]:
+        """What is special about layers, by position."""
+        notes = {i: diagonal_notes(layer) for i, layer in enumerate(self.layers)}
+        for i, why in self.outside_coarse.items():
+            notes[i].append(f"outside the coarse space: {why}")
+        return notes
+
+    def _trainable(self) -> set[int]:
+        return {i for i, layer in enumerate(self.layers) if layer.weight.requires_grad} - self.plain.keys()
+
+    def _allocated(self) -> set[int]:
+        return {i for stack in self.stacks for i in stack.positions}
+
+    def _make_stacks(self, chosen: Iterable[int], states: Mapping[str, dict[str, Any]]) -> None:
+        """Stacks of the ``chosen`` layers, which go on from their ``states``, if they have one."""
+        chosen = sorted(chosen)
+        new = set(chosen) - self._allocated()
+        warn_of_little_memory([self.layers[i] for i in chosen if i in new], self._inverse)
+        self.stacks = make_stacks(self.layers, chosen, self._group_of, self._inverse)
+        for stack in self.stacks:
+            own = [states.get(layer.name, {}) for layer in stack.layers]
+            if any(own):
+                stack.blocks.load([state or stack.blocks.state(k) for k, state in enumerate(own)])
+
+    def relocate(self) -> None:
         """Follow the layers to the types and devices they have now; a sample under way is forgotten.
 
         Raises:
@@ -94,7 +128,6 @@ class Preconditioner:
                 "build a new optimizer, which leaves them plain"
             )
         state = self.state_dict()
-        self.stacks = make_stacks(self.layers, param_groups, self._inverse)
         if self.coarse is not None:
             self.coarse.to(self.layers[0].weight.device)
         self.load_state_dict(state)
@@ -136,6 +169,8 @@ class Preconditioner:
             self.coarse.accumulate(maps)
             coarse_sample = self.coarse.sample
             self.coarse.discard_sample()
+        if moments:
+            self.allocate(moments)
         stacks = [stack.sample(moments, batch.samples) for stack in self.stacks]
         observation = Observation(stacks, coarse_sample)
         observation.follow(nodes)
@@ -214,7 +249,7 @@ class Preconditioner:
     def precondition(self, gradients: Blocks, active: list[bool]) -> Blocks:
         """Eq. 4, and eq. 6 with a coarse space."""
         updates = [stack.precondition(g, active) for stack, g in zip(self.stacks, gradients, strict=True)]
-        if self.coarse is None:
+        if self.coarse is None or not updates:
             return updates
         blocks = [(stack.index, g) for stack, g in zip(self.stacks, gradients, strict=True)]
         coefficients = self.coarse.solve(self.coarse.restrict(blocks))
@@ -236,8 +271,8 @@ class Preconditioner:
 
     def clip(self, updates: Blocks, gradients: Blocks, lrs: Sequence[float], kl_clip: float | None) -> None:
         """Scale the updates by ν, in place (eq. 10); ``lrs`` are the parameter groups' η."""
-        if kl_clip is None:
-            self.diagnostics["nu"] = updates[0].new_ones(self.replicas)
+        if kl_clip is None or not updates:
+            self.diagnostics["nu"] = self.layers[0].weight.new_ones(self.replicas, dtype=self.layers[0].dtype)
             return
         squared_lrs = updates[0].new_tensor(lrs).square()
         per_layer = [
@@ -259,14 +294,10 @@ class Preconditioner:
     # -- state --------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        layers = {
-            layer.name: stack.blocks.state(position)
-            for stack in self.stacks
-            for position, layer in enumerate(stack.layers)
-        }
+        states = self._states()
         return {
             "iteration": self.iteration,
-            "layers": layers,
+            "layers": {layer.name: states.get(layer.name) or self._nothing(layer) for layer in self.layers},
             "ready": list(self.ready),
             "plain": {self.layers[i].name: reason for i, reason in self.plain.items()},
             "coarse": None if self.coarse is None else self.coarse.state_dict(),
@@ -284,16 +315,28 @@ class Preconditioner:
             raise ValueError("one of the state and the optimizer has a coarse space, the other has none")
         if self.coarse is not None:
             self.coarse.check_state_dict(state["coarse"])
-        for stack in self.stacks:
-            for layer in stack.layers:
-                stack.blocks.check_state(layer.name, state["layers"][layer.name])
+        for layer in self.layers:
+            own = state["layers"][layer.name]
+            if _is_allocated(own):
+                blocks_for(layer, 1, "meta", self._inverse).check_state(layer.name, own)
+            elif own != self._nothing(layer):
+                raise ValueError(
+                    f"layer {layer.name!r} was saved with another shape or another `inverse`: "
+                    f"{own}, not {self._nothing(layer)}"
+                )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a checked state."""
         if self.coarse is not None:
             self.coarse.load_state_dict(state["coarse"])
-        for stack in self.stacks:
-            stack.blocks.load([state["layers"][layer.name] for layer in stack.layers])
+        states = {name: own for name, own in state["layers"].items() if _is_allocated(own)}
+        # An older state has room for frozen layers too, which have never been observed.
+        at_work = [
+            i
+            for i, layer in enumerate(self.layers)
+            if layer.name in states and (layer.weight.requires_grad or states[layer.name]["attempted"])
+        ]
+        self._make_stacks(at_work, states)
         self.iteration, self.ready = state["iteration"], list(state["ready"])
         saved = state.get("plain", {})
         self.plain.clear()
@@ -305,6 +348,16 @@ class Preconditioner:
             # An older state has one number for all replicas: any of them may be concerned.
             self.failures[name] = torch.zeros_like(count) + torch.as_tensor(state[name]).cpu()
         self.discard_sample()
+
+    def _states(self) -> dict[str, dict[str, Any]]:
+        """What is remembered of the layers in ``stacks``, by name."""
+        return {
+            layer.name: stack.blocks.state(k) for stack in self.stacks for k, layer in enumerate(stack.layers)
+        }
+
+    def _nothing(self, layer: Layer) -> dict[str, Any]:
+        """The state of a layer that takes no memory yet: enough to refuse another model's."""
+        return {"shape": list(layer.matrix_shape), "inverse": self._inverse}
 
     # -- small helpers ------------------------------------------------------------------------------
 
@@ -345,6 +398,8 @@ class Preconditioner:
 
     def _per_replica(self, bad: Blocks) -> Tensor:
         """How many, ``(R,)``."""
+        if not bad:
+            return torch.zeros(self.replicas, dtype=torch.int64)
         return torch.stack([b.reshape(-1, self.replicas).sum(0) for b in bad]).sum(0).cpu()
 
     def _names(self, bad: Blocks, most: int = 5) -> str:
@@ -365,6 +420,10 @@ class Preconditioner:
                 "or too large to be squared"
             )
         return "Parameters are not finite themselves: go back to a sound checkpoint, with a lower lr or more damping"
+
+
+def _is_allocated(state: dict[str, Any]) -> bool:
+    return "attempted" in state
 
 
 def _squared_norm(blocks: Blocks, like: Blocks) -> Tensor:

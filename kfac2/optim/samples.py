@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from kfac2.curvature.diagonal import second_moment
 from kfac2.optim.layers import Layer, Moments, Totals
 from kfac2.optim.options import by_layer, check_choice
 
@@ -83,10 +84,11 @@ def joined_maps(calls: Sequence[Tensor], samples: int) -> Tensor | None:
     return maps if maps.dim() - 2 <= MOST_POSITION_AXES else maps.flatten(2)
 
 
-def reduced_moments(calls: Sequence[Totals], samples: int) -> Moments | None:
+def reduced_moments(calls: Sequence[Totals], samples: int, diagonal: tuple[bool, bool]) -> Moments | None:
     """K-FAC-reduce's moments: of each sample's mean of ``a`` and sum of ``g``, over positions and calls.
 
-    The calls go together as those of ``joined_maps``; None where they do not.
+    The calls go together as those of ``joined_maps``; None where they do not. ``diagonal``: whether only the
+    diagonals of G and of A are wanted.
     """
     calls = [_folded(call, samples) for call in calls]
     sizes = [call.a.shape[-1] for call in calls]
@@ -98,7 +100,8 @@ def reduced_moments(calls: Sequence[Totals], samples: int) -> Moments | None:
         g = torch.cat([call.g for call in calls], dim=-1)
     else:
         return None
-    return Moments(torch.bmm(a, a.mT), torch.bmm(g, g.mT), samples)
+    only_g, only_a = diagonal
+    return Moments(second_moment(a, only_a), second_moment(g, only_g), samples)
 
 
 def _folded(call: Totals, samples: int) -> Totals:

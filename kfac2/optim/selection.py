@@ -4,10 +4,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from kfac2.optim.coverage import Entry
 from kfac2.optim.hooks import has_own_forward
-from kfac2.optim.layers import ADAPTERS, Layer
+from kfac2.optim.layers import ADAPTERS, Layer, adapter_of, why_without_adapter
 
 Exclude = Iterable[str] | Callable[[str, nn.Module], bool]
 DATA_PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
@@ -22,7 +24,7 @@ def refuse_wrapped(model: nn.Module) -> None:
                 "Build the optimizer from the plain module and train it in one process"
             )
         compiled = hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
-        if compiled and any(type(m) in ADAPTERS for m in module.modules()):
+        if compiled and any(adapter_of(m) is not None for m in module.modules()):
             raise ValueError(
                 f"{name or 'the model'} is compiled with torch.compile, which hides the layers from the "
                 "hooks: train the uncompiled model, or compile only parts without layers to precondition"
@@ -48,12 +50,13 @@ def select_layers(
     layers: list[Layer] = []
     entries: list[Entry] = []
     for name, module in model.named_modules():
-        reason = _reason_for_plain(name, module, optimized, excluded, shared)
+        adapter = adapter_of(module)
+        reason = _reason_for_plain(name, module, adapter, optimized, excluded, shared)
         layer = None
-        if reason is None:
-            bias: nn.Parameter | None = module.bias  # pyright: ignore
+        if adapter is not None and reason is None:
+            bias: nn.Parameter | None = getattr(module, "bias", None)
             with_bias = bias is not None and bias.requires_grad and bias in optimized
-            layer = ADAPTERS[type(module)](canonical_name(name), module, with_bias)
+            layer = adapter(canonical_name(name), module, with_bias)
             layers.append(layer)
         for key, parameter in module.named_parameters(recurse=False):
             inside = layer is not None and any(parameter is p for p in layer.parameters)
@@ -67,14 +70,19 @@ def select_layers(
 def _reason_for_plain(
     name: str,
     module: nn.Module,
+    adapter: type[Layer] | None,
     optimized: set[nn.Parameter],
     excluded: Callable[[str, nn.Module], bool],
     shared: Counter[int],
 ) -> str | None:
-    if type(module) not in ADAPTERS:
-        return f"{type(module).__name__} is not a supported layer"
+    if adapter is None:
+        return why_without_adapter(module)
     if excluded(name, module):
         return "excluded"
+    if is_parametrized(module):
+        return "its weight or bias is made from others (torch.nn.utils.parametrize)"
+    if is_lazy(module.weight):  # pyright: ignore[reportArgumentType]
+        return "its weight has no values yet: run a forward pass before the optimizer is built"
     if module.weight not in optimized:
         return "the layer's weight is not optimized"
     if any(shared[id(p)] > 1 for p in module.parameters(recurse=False)):
@@ -83,7 +91,7 @@ def _reason_for_plain(
         return "complex weights have no Kronecker block here"
     if not has_own_forward(module):
         return f"its forward is not that of {type(module).__name__}"
-    return ADAPTERS[type(module)].unsupported(module)
+    return adapter.unsupported(module)
 
 
 def _describe(
@@ -103,14 +111,14 @@ def _exclusion(model: nn.Module, exclude: Exclude) -> Callable[[str, nn.Module],
     known = dict(model.named_modules())
     unknown = [name for name in names if name not in known]
     if unknown:
-        layers = [name for name, module in known.items() if type(module) in ADAPTERS]
+        layers = [name for name, module in known.items() if adapter_of(module) is not None]
         raise ValueError(f"exclude names {unknown}, but the model's layers are: {', '.join(layers)}")
     return lambda name, module: any(name == e or name.startswith(f"{e}.") for e in names)
 
 
 def _check(layers: Sequence[Layer], entries: Sequence[Entry]) -> None:
     if not layers:
-        supported = ", ".join(kind.__name__ for kind in ADAPTERS)
+        supported = ", ".join(kind if isinstance(kind, str) else kind.__name__ for kind in ADAPTERS)
         lines = "\n".join(f"  {entry.line({})}" for entry in entries)
         raise ValueError(f"no layer to precondition: supported are {supported}. Found:\n{lines}")
     kinds = {(layer.replicated, layer.replicas) for layer in layers}

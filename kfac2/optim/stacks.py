@@ -1,6 +1,6 @@
 """Layers of one shape, handled as one batch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,22 +43,21 @@ class LayerStack:
 
     def __init__(self, layers: Sequence[Layer], index: list[int], groups: Tensor, inverse: str):
         first = layers[0]
-        options = {"dtype": first.dtype, "device": first.weight.device}
-        self.layers, self.with_bias = layers, first.with_bias
+        self.layers = layers
         self.index = torch.tensor(index, device=first.weight.device)
         self.groups = groups.to(first.weight.device)
-        self.blocks = KroneckerBlocks(len(layers), first.replicas, *first.matrix_shape, inverse, **options)
-        self._positions = index
+        self.blocks = blocks_for(first, len(layers), first.weight.device, inverse)
+        self.positions = index
 
     def sample(self, moments: dict[int, Moments], samples: int) -> StackSample:
         """The stack's part of a batch of ``samples`` samples, checked layer by layer and replica by replica."""
         none = Moments(torch.zeros_like(self.blocks.a[0]), torch.zeros_like(self.blocks.g[0]), 0)
-        own = [moments.get(i, none) for i in self._positions]
-        present = torch.tensor([i in moments for i in self._positions])
+        own = [moments.get(i, none) for i in self.positions]
+        present = torch.tensor([i in moments for i in self.positions])
         a = torch.stack([m.a for m in own])
         g = torch.stack([m.g for m in own])
         rows = a.new_tensor([[m.rows] for m in own]).expand(a.shape[:2])
-        count = a.new_tensor([[samples * (i in moments)] for i in self._positions]).expand(a.shape[:2])
+        count = a.new_tensor([[samples * (i in moments)] for i in self.positions]).expand(a.shape[:2])
         finite = finite_matrices(a) & finite_matrices(g)
         if not finite.all():
             a, g = (torch.where(matrices(finite), x, 0.0) for x in (a, g))
@@ -76,25 +75,24 @@ class LayerStack:
 
     def gradients(self, active: list[bool]) -> Tensor:
         """Plain gradients, ``(n, R, d_out, d_in)``; zero for a layer that does not take part."""
-        weights = self._stacked([layer.weight for layer in self.layers], active)
-        if not self.with_bias:
-            return weights
-        return torch.cat([weights, self._stacked([layer.bias for layer in self.layers], active)], dim=-1)
+        parameters = zip(*(layer.parameters for layer in self.layers), strict=True)
+        return self.layers[0].matrix(*(self._stacked(same, active) for same in parameters))
 
     def _stacked(self, parameters: Sequence[Any], active: list[bool]) -> Tensor:
         grads = [
             p.grad if active[i] and p.grad is not None else torch.zeros_like(p)
-            for i, p in zip(self._positions, parameters, strict=True)
+            for i, p in zip(self.positions, parameters, strict=True)
         ]
-        n, replicas, d_out, _ = self.blocks.g.shape
-        return torch.stack(grads).reshape(n, replicas, d_out, -1).to(self.blocks.g.dtype)
+        return torch.stack(grads).to(self.blocks.g.dtype)
 
     def precondition(self, gradients: Tensor, active: list[bool]) -> Tensor:
-        return self.masked(self.blocks.inverse.apply(gradients), active)
+        d_out, d_in = self.blocks.g.shape[-1], self.blocks.a.shape[-1]
+        blocks = gradients.reshape(len(gradients), -1, d_out, d_in)
+        return self.masked(self.blocks.inverse.apply(blocks).reshape(gradients.shape), active)
 
     def masked(self, updates: Tensor, active: list[bool]) -> Tensor:
         """Zero the layers that do not take part: they may have no inverse, and NaN times 0 is NaN."""
-        mine = [active[i] for i in self._positions]
+        mine = [active[i] for i in self.positions]
         if all(mine):
             return updates
         mask = torch.tensor(mine, device=updates.device)
@@ -102,25 +100,36 @@ class LayerStack:
 
     def split(self, updates: Tensor, active: list[bool]) -> dict[int, Tensor]:
         """The updates of the layers that take part, shaped like their parameters, by parameter ``id``."""
-        columns = updates.split([updates.shape[-1] - 1, 1], dim=-1) if self.with_bias else [updates]
+        parts = self.layers[0].parts(updates)
         pieces: dict[int, Tensor] = {}
-        for part, *parameters in zip(columns, *(layer.parameters for layer in self.layers), strict=True):
-            shaped = part.reshape(len(parameters), *parameters[0].shape).to(parameters[0].dtype)
-            for i, parameter, piece in zip(self._positions, parameters, shaped.unbind(), strict=True):
+        for part, *parameters in zip(parts, *(layer.parameters for layer in self.layers), strict=True):
+            shaped = part.to(parameters[0].dtype).unbind()
+            for i, parameter, piece in zip(self.positions, parameters, shaped, strict=True):
                 if active[i]:
                     pieces[id(parameter)] = piece
         return pieces
 
 
+def blocks_for(layer: Layer, number: int, device: torch.device | str, inverse: str) -> KroneckerBlocks:
+    """Of ``number`` layers like this one; on the device ``"meta"`` they have sizes and take no memory."""
+    options = {"dtype": layer.dtype, "device": device}
+    blocks = layer.replicas * layer.row_blocks
+    return KroneckerBlocks(number, blocks, *layer.factor_sizes, inverse, diagonal=layer.diagonal, **options)
+
+
 def make_stacks(
-    layers: Sequence[Layer], param_groups: Sequence[dict[str, Any]], inverse: str
+    layers: Sequence[Layer], chosen: Iterable[int], group_of: Mapping[nn.Parameter, int], inverse: str
 ) -> list[LayerStack]:
-    """Group layers by the shape, type and device of their weights."""
-    group_of = {p: k for k, group in enumerate(param_groups) for p in group["params"]}
+    """Group the ``chosen`` layers of one kind by the shape, type and device of their weights.
+
+    ``group_of`` gives each parameter's parameter group.
+    """
     by_shape: dict[Any, list[int]] = {}
-    for i, layer in enumerate(layers):
-        key = (layer.weight.shape, layer.weight.dtype, layer.weight.device, layer.with_bias)
-        by_shape.setdefault(key, []).append(i)
+    for i in chosen:
+        layer = layers[i]
+        kind = type(layer), layer.row_blocks, layer.with_bias, layer.diagonal
+        placed = layer.weight.dtype, layer.weight.device
+        by_shape.setdefault((layer.weight.shape, *placed, *kind), []).append(i)
     stacks = []
     for index in by_shape.values():
         members = [layers[i] for i in index]
@@ -129,7 +138,24 @@ def make_stacks(
     return stacks
 
 
-def _column_groups(layer: Layer, group_of: dict[nn.Parameter, int]) -> Tensor:
+def regrouped(
+    samples: Sequence[StackSample], old: Sequence[LayerStack], new: Sequence[LayerStack]
+) -> list[StackSample]:
+    """Samples of the stacks ``old`` as samples of ``new``, which hold their layers and others, unobserved."""
+    own = {
+        i: [part[k] for part in sample]
+        for stack, sample in zip(old, samples, strict=True)
+        for k, i in enumerate(stack.positions)
+    }
+    regrouped = []
+    for stack in new:
+        nothing = [part[0] for part in stack.sample({}, 0)]
+        members = [own.get(i, nothing) for i in stack.positions]
+        regrouped.append(StackSample(*(torch.stack(parts) for parts in zip(*members, strict=True))))
+    return regrouped
+
+
+def _column_groups(layer: Layer, group_of: Mapping[nn.Parameter, int]) -> Tensor:
     columns = torch.full((layer.matrix_shape[1],), group_of[layer.weight])
     if layer.bias is not None:
         columns[-1] = group_of[layer.bias]

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kfac2.curvature import patches
 from kfac2.curvature.patches import Window, patch_moment, patch_sums
-from kfac2.optim.layers import Conv2dLayer
+from kfac2.optim.layers import ConvolutionLayer
 
 CONVOLUTIONS = {
     "3x3": {"kernel_size": 3, "padding": 1},
@@ -43,7 +43,7 @@ def unfolded(x: Tensor, convolution: nn.Conv2d, with_ones: bool) -> tuple[Tensor
 def example(options: dict, with_ones: bool = False) -> tuple[Tensor, nn.Conv2d, Window]:
     torch.manual_seed(0)
     convolution = nn.Conv2d(3, 2, **options, bias=with_ones).double()
-    return torch.randn(4, 3, 5, 7).double(), convolution, Conv2dLayer("", convolution, with_ones).window
+    return torch.randn(4, 3, 5, 7).double(), convolution, ConvolutionLayer("", convolution, with_ones).window
 
 
 @each_convolution

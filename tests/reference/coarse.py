@@ -16,7 +16,8 @@ class LiteralTwoLevelKFAC(LiteralKFAC):
     """K-FAC and ``coarse_weight * Z^T (|F_coarse| + λ I)^{-1} Z`` (eq. 6).
 
     ``coarse_fisher="kronecker"``: ``[F_coarse]_ij`` sums the entries of ``A_ij kron G_ij``, running
-    averages of all pairs' covariances being kept (Algorithm 1), on the grid of ``coarse_grid``.
+    averages of all pairs' covariances being kept (Algorithm 1), on the grid of ``coarse_grid``. ``Z`` has
+    no row for layers in ``outside_coarse``.
     ``"exact"``: ``E[p pᵀ]``, ``p_i`` the sum of the entries of a sample's gradient ``Σ_t g_it a_itᵀ``.
     """
 
@@ -28,6 +29,7 @@ class LiteralTwoLevelKFAC(LiteralKFAC):
         coarse_grid: str = "pairwise",
         resample: str = "nearest",
         coarse_weight: float = 1.0,
+        outside_coarse: Sequence[str] = (),
         **settings: Any,
     ) -> None:
         super().__init__(model, **settings)
@@ -35,6 +37,7 @@ class LiteralTwoLevelKFAC(LiteralKFAC):
         self.coarse_grid = coarse_grid
         self.resample = resample
         self.coarse_weight = coarse_weight
+        self.outside_coarse = outside_coarse
         self.was_indefinite = False
         self.indefinite = 0
 
@@ -60,7 +63,7 @@ class LiteralTwoLevelKFAC(LiteralKFAC):
 
     def coarse_matrix(self) -> Tensor:
         """``F_coarse``, shape ``(L, L)``."""
-        names = list(self.preconditioned)
+        names = [name for name in self.preconditioned if name not in self.outside_coarse]
         F_coarse = torch.zeros(len(names), len(names), dtype=torch.float64)
         for i, j in lower_triangle(names):
             entry = self.coarse_entry(i, j)
@@ -80,7 +83,8 @@ class LiteralTwoLevelKFAC(LiteralKFAC):
         self.was_indefinite |= not torch.allclose(absolute, F_coarse)
         w = torch.linalg.eigvalsh(F_coarse)
         self.indefinite += bool((w < -max(self.damping, 1e-6 * w.abs().max().item())).any())
-        Z = restriction(self.sizes)
+        inside = [name not in self.outside_coarse for name in self.preconditioned]
+        Z = restriction(self.sizes)[inside]
         inverse = torch.linalg.inv(absolute + self.damping * eye_like(absolute))
         return super().form_preconditioner() + self.coarse_weight * Z.T @ inverse @ Z
 
