@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from kfac2.optim.distributed import without_reduction
 from kfac2.optim.graph import Behind, Call, look_behind
 from kfac2.optim.hooks import (
     Hook,
@@ -132,7 +133,7 @@ class Capture:
             if node not in ends
         ]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), without_reduction(behind.data_parallel):
                 # Asking for the deepest edges only makes the engine pass every other node on its way.
                 edges = [GradientEdge(node, call.output_nr) for node, call in ends.items()]
                 gradients = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)

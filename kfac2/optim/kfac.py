@@ -12,9 +12,10 @@ from torch.optim.sgd import sgd
 from kfac2.curvature import INVERSES, CoarseSpace
 from kfac2.optim.capture import Capture
 from kfac2.optim.coverage import Coverage, summary
+from kfac2.optim.distributed import Processes
 from kfac2.optim.losses import loss_of
 from kfac2.optim.observation import sampled_backward
-from kfac2.optim.options import SharedOptions, as_generators, check_choice, refuse_distributed, shared_options
+from kfac2.optim.options import SharedOptions, as_generators, check_choice, shared_options
 from kfac2.optim.preconditioner import Preconditioner
 from kfac2.optim.samples import set_sharing
 from kfac2.optim.selection import Exclude, refuse_wrapped, select_layers
@@ -69,6 +70,10 @@ class KFAC(torch.optim.SGD):
             one sample after the other. One for all layers that have that many axes (features not
             counted), or a mapping from module names. Only ``"reduce"`` and two levels need it: a
             layer whose samples are not found is an error there, and here has no coarse correction.
+        process_group: of ``torch.distributed``: the processes that train this model together, all by default.
+            Build the optimizer from the plain module in each, call the model through
+            ``DistributedDataParallel``, and let all make the same steps. The curvature is that of all their
+            samples, each process drawing labels of its own; give all the same ``generator`` state.
         coarse: a ``CoarseSpace`` makes it two-level; ``TwoLevelKFAC`` builds the paper's.
 
     Raises:
@@ -98,6 +103,7 @@ class KFAC(torch.optim.SGD):
         exclude: Exclude = (),
         weight_sharing: str | Mapping[str, str] = "expand",
         batch_axis: int | Mapping[str, int] | None = None,
+        process_group: Any = None,
         coarse: CoarseSpace | None = None,
     ):
         if not isinstance(model, nn.Module):
@@ -127,7 +133,9 @@ class KFAC(torch.optim.SGD):
         optimized = {p for group in self.param_groups for p in group["params"]}
         layers, self._entries = select_layers(model, optimized, exclude)
         set_sharing(layers, weight_sharing, batch_axis)
-        self.preconditioner = Preconditioner(layers, self.param_groups, inverse, factor_decay, coarse)
+        self.preconditioner = Preconditioner(
+            layers, self.param_groups, inverse, factor_decay, coarse, Processes(process_group)
+        )
         self._loss = loss._replace(replicas=layers[0].replicas if layers[0].replicated else None)
         self._generators = as_generators(generator, layers[0].replicas)
         self._placement = placement(self.param_groups)
@@ -172,9 +180,9 @@ class KFAC(torch.optim.SGD):
         self._loss.check(output, labels, targets, mask)
         if not self.refresh_is_due:
             return
-        refuse_distributed()
         self._follow_model()
         preconditioner, samples = self.preconditioner, output.shape[self._loss.leading - 1]
+        generators = preconditioner.processes.generators(self._generators)
         if samples == 0:
             preconditioner.end_batch()
             return
@@ -186,7 +194,7 @@ class KFAC(torch.optim.SGD):
 
         with torch.autocast(output.device.type, enabled=False):
             try:
-                loss = self._loss.sample(output, self._generators, labels, targets, mask)
+                loss = self._loss.sample(output, generators, labels, targets, mask)
                 with sampled_backward():
                     nodes = self._capture.backpropagate(loss, visit)
                 preconditioner.end_batch(nodes)

@@ -10,16 +10,23 @@ from kfac2.optim.hooks import has_own_forward
 from kfac2.optim.layers import ADAPTERS, Layer
 
 Exclude = Iterable[str] | Callable[[str, nn.Module], bool]
-DATA_PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
+SHARDED = {"DataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raise ``ValueError`` for data parallelism and ``torch.compile``, where captures would be wrong."""
+    """Raise ``ValueError`` for wrappers of data parallelism and ``torch.compile``, where captures would be wrong."""
     for name, module in model.named_modules():
-        if type(module).__name__ in DATA_PARALLEL or hasattr(module, "_fsdp_wrapped_module"):
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        if "DistributedDataParallel" in kinds:
             raise ValueError(
-                f"{type(module).__name__} is not supported: its processes would see different curvature. "
-                "Build the optimizer from the plain module and train it in one process"
+                "give K-FAC the plain module, not the DistributedDataParallel around it: "
+                "optimizer = KFAC(ddp.module, ...), and go on calling ddp(x)"
+            )
+        if kinds & SHARDED or hasattr(module, "_fsdp_wrapped_module"):
+            raise ValueError(
+                f"{', '.join(sorted(kinds & SHARDED)) or 'FullyShardedDataParallel'} is not supported: no process "
+                "has whole layers. For several processes build the optimizer from the plain module and call that "
+                "through DistributedDataParallel"
             )
         compiled = hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
         if compiled and any(type(m) in ADAPTERS for m in module.modules()):

@@ -76,8 +76,8 @@ def compiled_in_place(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
-        (nn.DataParallel, "DataParallel is not supported.*plain module"),
-        (DistributedDataParallel, "DistributedDataParallel is not supported.*plain module"),
+        (nn.DataParallel, "DataParallel is not supported.*plain module.*DistributedDataParallel"),
+        (DistributedDataParallel, "give K-FAC the plain module, not the DistributedDataParallel"),
         (lambda model: torch.compile(model, backend="eager"), "torch.compile.*train the uncompiled model"),
         (compiled_in_place, "torch.compile.*train the uncompiled model"),
     ],
