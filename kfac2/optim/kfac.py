@@ -11,6 +11,7 @@ from torch.optim.sgd import sgd
 
 from kfac2.curvature import INVERSES, CoarseSpace
 from kfac2.optim.capture import Capture
+from kfac2.optim.compiled import run_eagerly, uncompiled
 from kfac2.optim.coverage import Coverage, summary
 from kfac2.optim.distributed import Processes
 from kfac2.optim.losses import loss_of
@@ -40,7 +41,9 @@ class KFAC(torch.optim.SGD):
     refresh has seen yet takes plain steps.
 
     Args:
-        model: the module whose forward pass makes the output. Not compiled, not data-parallel.
+        model: the module whose forward pass makes the output; not wrapped for data parallelism. One that is
+            compiled, as a whole before the optimizer is built or in parts at any time, runs compiled in
+            ordinary iterations and eagerly in those that refresh the curvature.
         lr, momentum, weight_decay: η, μ (heavy ball on the preconditioned gradient), β (added after
             preconditioning and clipping, to every parameter).
         dampening, nesterov, maximize: as ``torch.optim.SGD``'s, on the preconditioned gradient.
@@ -109,6 +112,7 @@ class KFAC(torch.optim.SGD):
         if not isinstance(model, nn.Module):
             raise TypeError(f"K-FAC needs the model itself, not {type(model).__name__}: KFAC(model, lr=...)")
         refuse_wrapped(model)
+        model, called = uncompiled(model), model
         loss = loss_of(likelihood, class_dim)
         check_choice("inverse", inverse, INVERSES)
         if not 0 <= factor_decay < 1:
@@ -146,6 +150,7 @@ class KFAC(torch.optim.SGD):
             self.preconditioner.plain,
             due=lambda: (optimizer := this()) is not None and optimizer.refresh_is_due,
         )
+        run_eagerly(called, due=lambda: (optimizer := this()) is not None and optimizer._captures)
         self._told_unseen = False
 
     # -- what the training loop calls ---------------------------------------------------------------
@@ -243,6 +248,10 @@ class KFAC(torch.optim.SGD):
         and ``update_curvature`` must be called."""
         interval = shared_options(self.param_groups).factor_interval
         return self.preconditioner.iteration % interval == 0 and self.preconditioner.has_trainable_layer()
+
+    @property
+    def _captures(self) -> bool:
+        return torch.is_grad_enabled() and self._capture.detach.alive and self.refresh_is_due
 
     def detach(self) -> None:
         """Take the optimizer's hook off the model: after training, before scripting, exporting or copying.

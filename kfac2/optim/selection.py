@@ -14,8 +14,8 @@ SHARDED = {"DataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raise ``ValueError`` for wrappers of data parallelism and ``torch.compile``, where captures would be wrong."""
-    for name, module in model.named_modules():
+    """Raise ``ValueError`` for wrappers of data parallelism, where captures would be wrong."""
+    for module in model.modules():
         kinds = {kind.__name__ for kind in type(module).__mro__}
         if "DistributedDataParallel" in kinds:
             raise ValueError(
@@ -27,12 +27,6 @@ def refuse_wrapped(model: nn.Module) -> None:
                 f"{', '.join(sorted(kinds & SHARDED)) or 'FullyShardedDataParallel'} is not supported: no process "
                 "has whole layers. For several processes build the optimizer from the plain module and call that "
                 "through DistributedDataParallel"
-            )
-        compiled = hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
-        if compiled and any(type(m) in ADAPTERS for m in module.modules()):
-            raise ValueError(
-                f"{name or 'the model'} is compiled with torch.compile, which hides the layers from the "
-                "hooks: train the uncompiled model, or compile only parts without layers to precondition"
             )
 
 
@@ -54,13 +48,14 @@ def select_layers(
     shared = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     layers: list[Layer] = []
     entries: list[Entry] = []
-    for name, module in model.named_modules():
+    for full_name, module in model.named_modules():
+        name = canonical_name(full_name)
         reason = _reason_for_plain(name, module, optimized, excluded, shared)
         layer = None
         if reason is None:
             bias: nn.Parameter | None = module.bias  # pyright: ignore
             with_bias = bias is not None and bias.requires_grad and bias in optimized
-            layer = ADAPTERS[type(module)](canonical_name(name), module, with_bias)
+            layer = ADAPTERS[type(module)](name, module, with_bias)
             layers.append(layer)
         for key, parameter in module.named_parameters(recurse=False):
             inside = layer is not None and any(parameter is p for p in layer.parameters)
@@ -107,7 +102,7 @@ def _exclusion(model: nn.Module, exclude: Exclude) -> Callable[[str, nn.Module],
     if callable(exclude):
         return exclude
     names = [exclude] if isinstance(exclude, str) else list(exclude)
-    known = dict(model.named_modules())
+    known = {canonical_name(name): module for name, module in model.named_modules()}
     unknown = [name for name in names if name not in known]
     if unknown:
         layers = [name for name, module in known.items() if type(module) in ADAPTERS]

@@ -66,11 +66,6 @@ class DistributedDataParallel(nn.Module):
         self.module = module
 
 
-def compiled_in_place(model: nn.Module) -> nn.Module:
-    model.compile(backend="eager")
-    return model
-
-
 @each_optimizer
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(
@@ -78,10 +73,8 @@ def compiled_in_place(model: nn.Module) -> nn.Module:
     [
         (nn.DataParallel, "DataParallel is not supported.*plain module.*DistributedDataParallel"),
         (DistributedDataParallel, "give K-FAC the plain module, not the DistributedDataParallel"),
-        (lambda model: torch.compile(model, backend="eager"), "torch.compile.*train the uncompiled model"),
-        (compiled_in_place, "torch.compile.*train the uncompiled model"),
     ],
-    ids=["DataParallel", "DistributedDataParallel", "compile", "compile-in-place"],
+    ids=["DataParallel", "DistributedDataParallel"],
 )
 def test_wrapped_models_are_refused(
     kind: type[KFAC], wrap: Callable[[nn.Module], nn.Module], message: str, nested: bool
