@@ -91,6 +91,11 @@ def check(config: DictConfig) -> int:
         OSError: records cannot be written there.
     """
     check_settings(config)
+    if config.training.compile and not one_record_per_seed(config):
+        raise ValueError(
+            "training.compile=true is not for seeds that train side by side: torch cannot trace their batch "
+            "normalisation. Leave it false"
+        )
     check_machine(config.device, config.threads)
     _made(config.tracking)
     build_optimizer = instantiate(_arguments(config.optimizer))

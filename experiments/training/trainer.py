@@ -30,6 +30,8 @@ class TrainingSettings:
     """Images and convolutions with the channels innermost in memory: faster, same numbers up to rounding."""
     autocast: bool = False
     """The forward pass in bfloat16 where torch deems it safe; parameters and losses stay float32."""
+    compile: bool = False
+    """The model compiled by ``torch.compile``, but for K-FAC's refreshes."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -67,8 +69,9 @@ class Training:
         self.problem, self.settings = problem, settings
         if settings.channels_last:  # before the optimizer sees the parameters
             problem.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.model: Any = torch.compile(problem.model) if settings.compile else problem.model
         self.optimizer = factory(
-            problem.model, likelihood=problem.likelihood, generator=problem.label_generators
+            self.model, likelihood=problem.likelihood, generator=problem.label_generators
         )
         milestones = [max(1, round(fraction * settings.epochs)) for fraction in settings.milestones]
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(
@@ -229,7 +232,7 @@ class Training:
         if self.settings.channels_last and inputs.dim() == 4:
             inputs = inputs.to(memory_format=torch.channels_last)
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.settings.autocast):
-            return self.problem.model(inputs)
+            return self.model(inputs)
 
     def state_dict(self) -> dict[str, Any]:
         return {
