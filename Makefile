@@ -61,6 +61,7 @@ benchmark: $(READY) ## time the optimizers against each other and their peers
 	$(BIN)/python -m benchmarks.mlp
 	$(BIN)/python -m benchmarks.depth
 	$(BIN)/python -m benchmarks.resnet
+	$(BIN)/python -m benchmarks.distributed
 
 # Parts of the above.
 $(RUNS): $(READY)

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments.overrides import check_overrides, composed, late_settings, members
 from experiments.problems import DataError
 from experiments.records import RecordInUseError
+from experiments.training.processes import is_first
 from experiments.training.progress import shown
 
 CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
@@ -48,7 +49,7 @@ def launch(main: Callable[[], None], check: Callable[[DictConfig], int]) -> None
         trainings = sum(map(check, composed(choices)))
         if options.multirun:
             sys.argv[1:] = ["--multirun", *late_settings(options.overrides)]
-    with shown(trainings) if trainings else nullcontext():
+    with shown(trainings) if trainings and is_first() else nullcontext():
         main()
 
 

@@ -131,6 +131,7 @@ class TrainingConfig:
     lr_decay: float = 0.1
     channels_last: bool = False
     autocast: bool = False
+    compile: bool = False
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 python -m experiments.train problem=deep_linear_mlp optimizer=two_level_kfac
 python -m experiments.train -m optimizer=sgd,adam optimizer.lr=1e-2,1e-3
+torchrun --nproc-per-node=2 -m experiments.train problem=resnet20_cifar10_preview
 """
 
 import math
@@ -25,6 +26,7 @@ from experiments.identity import identity, one_record_per_seed, run_path
 from experiments.problems import DataError
 from experiments.records import seed_directory
 from experiments.schema import NOT_SETTINGS, check_settings, distinct_seeds, register
+from experiments.training import processes
 from experiments.training.progress import Report, command_began
 from experiments.training.records import RunDirectory
 from experiments.training.trainer import Training, TrainingSettings, prefer_deterministic_kernels
@@ -34,7 +36,7 @@ register()
 
 @hydra.main(config_path=CONFIGS, config_name="train", version_base="1.3")
 def main(config: DictConfig) -> None:
-    with user_errors():
+    with user_errors(), processes.joined(config.device):
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             # The launchers let the others go on, and raise the first failure at the end.
             train(config, attempt=RunDirectory.failure_recorded)
@@ -59,18 +61,23 @@ def train(
     deadline = math.inf if config.hours is None else command_began() + 3600 * config.hours
     for directory in run_directories(config):
         with Report(str(directory.path)) as report:
-            if not config.rerun and directory.is_complete():
+            if processes.agreed(not config.rerun and directory.is_complete()):
                 label = f" ({directory.label})" if directory.label else ""
-                print(f"{directory.path}{label}: complete, not trained again (rerun=true does)")
+                _say(f"{directory.path}{label}: complete, not trained again (rerun=true does)")
                 continue
-            if time.time() >= deadline:
+            if processes.agreed(time.time() >= deadline):
                 report(0, config.training.epochs)
-                print(f"{directory.path}: not trained, hours={config.hours} are over")
+                _say(f"{directory.path}: not trained, hours={config.hours} are over")
                 continue
             with attempt(directory):
                 train_record(config, directory, report, deadline)
         outcome = "complete" if directory.is_complete() else "goes on with the same command"
-        print(f"{directory.path}: {outcome}{report.note and f', {report.note}'}", flush=True)
+        _say(f"{directory.path}: {outcome}{report.note and f', {report.note}'}")
+
+
+def _say(line: str) -> None:
+    if processes.is_first():
+        print(line, flush=True)
 
 
 def train_record(config: DictConfig, directory: RunDirectory, report: Report, deadline: float) -> None:
@@ -78,6 +85,9 @@ def train_record(config: DictConfig, directory: RunDirectory, report: Report, de
         training = build_training(config, directory.config["seeds"])
     except DataError as error:
         raise SystemExit(str(error)) from None
+    if not processes.is_first():
+        training.follow()
+        return
     tracker = _made(config.tracking)
     training.run(directory, tracker, report, rerun=config.rerun, deadline=deadline)
 
@@ -91,6 +101,13 @@ def check(config: DictConfig) -> int:
         OSError: records cannot be written there.
     """
     check_settings(config)
+    if config.training.compile and not one_record_per_seed(config):
+        raise ValueError(
+            "training.compile=true is not for seeds that train side by side: torch cannot trace their batch "
+            "normalisation. Leave it false"
+        )
+    if processes.started_by_torchrun():
+        check_processes(config)
     check_machine(config.device, config.threads)
     _made(config.tracking)
     build_optimizer = instantiate(_arguments(config.optimizer))
@@ -125,6 +142,16 @@ def check_machine(device: str, threads: int) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device={device} cannot be used here ({reason}): use device=cpu") from None
+
+
+def check_processes(config: DictConfig) -> None:
+    """Refuse several processes where each would not train one seed's share of a batch."""
+    if not one_record_per_seed(config):
+        raise ValueError("torchrun is for the ResNets: here the seeds train side by side, in one process")
+    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        raise ValueError(
+            "torchrun is for single trainings: leave out -m, whose launcher starts processes itself"
+        )
 
 
 def check_writable(runs: Path) -> None:

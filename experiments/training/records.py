@@ -11,13 +11,15 @@ import torch
 
 from experiments.records import RecordDirectory, RecordError
 from experiments.records.files import MAKE_AGAIN, write_atomically
+from experiments.training import processes
 
 
 class RunDirectory(RecordDirectory):
     """The files of one run: ``curves.csv``, ``provenance.json`` and, while it runs, ``checkpoint.pt``."""
 
     def origin(self, device: str) -> dict[str, Any]:
-        return {"torch_version": torch.__version__, "device": device, "threads": torch.get_num_threads()}
+        own = {"torch_version": torch.__version__, "device": device, "threads": torch.get_num_threads()}
+        return own if processes.number() == 1 else own | {"processes": processes.number()}
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         content = io.BytesIO()  # torch's own writer does not say that a disk is full

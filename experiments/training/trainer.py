@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from experiments.records import Row
+from experiments.training import processes
 from experiments.training.problem import Problem
 from experiments.training.records import RunDirectory
 from experiments.training.tracking import Tracker
 
 OptimizerFactory = Callable[..., Any]
 """``factory(model, likelihood=..., generator=...)``."""
+OVER = "over"  # in place of a checkpoint: nothing is to be trained
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class TrainingSettings:
 
     epochs: int
     batch_size: int
+    """Of all processes together."""
     milestones: list[float] = field(default_factory=list)
     """Fractions of the run after which the learning rate is multiplied by ``lr_decay``."""
     lr_decay: float = 0.1
@@ -32,6 +36,8 @@ class TrainingSettings:
     """Images and convolutions with the channels innermost in memory: faster, same numbers up to rounding."""
     autocast: bool = False
     """The forward pass in bfloat16 where torch deems it safe; parameters and losses stay float32."""
+    compile: bool = False
+    """The model compiled by ``torch.compile``, but for K-FAC's refreshes."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -46,7 +52,7 @@ class TrainingSettings:
 
 
 class Averages:
-    """Means of per-seed numbers over an epoch, weighted by batch size."""
+    """Means of per-seed numbers over an epoch and all processes, weighted by batch size."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -59,7 +65,10 @@ class Averages:
         self._weight += weight
 
     def means(self) -> dict[str, list[float]]:
-        return {name: (total / self._weight).tolist() for name, total in self._sums.items()}
+        weight = processes.added_up(torch.tensor(float(self._weight)))
+        return {
+            name: (processes.added_up(total) / float(weight)).tolist() for name, total in self._sums.items()
+        }
 
 
 class Training:
@@ -69,9 +78,12 @@ class Training:
         self.problem, self.settings = problem, settings
         if settings.channels_last:  # before the optimizer sees the parameters
             problem.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.model: Any = torch.compile(problem.model) if settings.compile else problem.model
         self.optimizer = factory(
-            problem.model, likelihood=problem.likelihood, generator=problem.label_generators
+            self.model, likelihood=problem.likelihood, generator=problem.label_generators
         )
+        if processes.number() > 1:
+            self.model = DistributedDataParallel(self.model)
         milestones = [max(1, round(fraction * settings.epochs)) for fraction in settings.milestones]
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(
             self.optimizer, milestones, gamma=settings.lr_decay
@@ -103,16 +115,15 @@ class Training:
             if rerun:
                 directory.clear()
             if directory.is_complete():
+                processes.agreed(OVER)
                 return self.rows
             self._resume(directory)
             directory.failure.unlink(missing_ok=True)
             directory.write_provenance(False, device, self.problem.label)
             tracker.start(directory.config, self.epoch + 1, self.identifier)
             report(self.epoch, self.settings.epochs, "")
-            while self.epoch < self.settings.epochs and time.time() + self.epoch_seconds <= deadline:
-                start = time.perf_counter()
-                rows = self.skip_epoch() if self.has_diverged() else self.train_epoch()
-                self.epoch_seconds = time.perf_counter() - start
+            while processes.agreed(self._goes_on(deadline)):
+                rows = self._advance()
                 directory.save_checkpoint(self.state_dict())
                 directory.write_curves(self.rows)
                 tracker.log(rows)
@@ -124,9 +135,28 @@ class Training:
             tracker.finish(self.rows)
         return self.rows
 
+    def follow(self) -> None:
+        """``run`` in a process that leaves the record to the first one."""
+        checkpoint = processes.agreed(None)
+        if checkpoint == OVER:
+            return
+        if checkpoint is not None:
+            self.load_state_dict(checkpoint)
+        while processes.agreed(None):
+            self._advance()
+
+    def _goes_on(self, deadline: float) -> bool:
+        return self.epoch < self.settings.epochs and time.time() + self.epoch_seconds <= deadline
+
+    def _advance(self) -> list[Row]:
+        start = time.perf_counter()
+        rows = self.skip_epoch() if self.has_diverged() else self.train_epoch()
+        self.epoch_seconds = time.perf_counter() - start
+        return rows
+
     def _resume(self, directory: RunDirectory) -> None:
         """Go on from the record's checkpoint, if there is one."""
-        checkpoint = directory.load_checkpoint(torch.device("cpu"))
+        checkpoint = processes.agreed(directory.load_checkpoint(torch.device("cpu")))
         if checkpoint is None:
             return
         directory.check_label(self.problem.label)
@@ -187,11 +217,13 @@ class Training:
         problem.model.train()
         averages = Averages()
         for inputs, targets in problem.train_batches(self.settings.batch_size):
+            whole = problem.batch_size(targets)
+            inputs, targets = processes.share(inputs), processes.share(targets)
             optimizer.zero_grad()
             output = self._forward(inputs)
             optimizer.update_curvature(output)
             losses = problem.losses(output, targets)
-            losses.sum().backward()
+            losses.sum().backward(processes.weight(problem.batch_size(targets), whole))
             stopped = not self._step(losses)
             averages.add(
                 problem.batch_size(targets),
@@ -231,7 +263,7 @@ class Training:
         if self.settings.channels_last and inputs.dim() == 4:
             inputs = inputs.to(memory_format=torch.channels_last)
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.settings.autocast):
-            return self.problem.model(inputs)
+            return self.model(inputs)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -161,6 +161,11 @@ class CoarseSpace:
         sums = torch.where(matrices(finite), sums, 0.0)
         self.sample = CoarseSample(sums, counts, (~finite).long()).plus(self.sample)
 
+    def no_sample(self) -> CoarseSample:
+        """A sample of nothing, to which others can be added."""
+        counts = torch.zeros_like(self.grams[0], dtype=torch.int64)
+        return CoarseSample(torch.zeros_like(self.grams), counts, torch.zeros_like(self.negative_eigenvalues))
+
     def _add(self, sums: Tensor, maps: Maps) -> None:
         for total, (features, scales) in zip(sums, self.features(maps), strict=True):
             for (rows, left), (columns, right) in combinations_with_replacement(_by_grid(features), 2):

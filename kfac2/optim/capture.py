@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from kfac2.optim.compiled import COMPILED_AFTERWARDS, eager_until, is_compiled
+from kfac2.optim.distributed import without_reduction
 from kfac2.optim.graph import Behind, Call, look_behind
 from kfac2.optim.hooks import (
     Hook,
@@ -76,6 +78,8 @@ class Capture:
         self._depth = 1
         end = Hook(weakref.WeakMethod(self._end), module)
         self._undo.append(module.register_forward_hook(end, always_call=True).remove)
+        if any(map(is_compiled, module.modules())):
+            self._undo.append(eager_until())
         for index, layer in enumerate(self._layers):
             if index not in self._plain and has_own_forward(layer.module):
                 attach = follow_running if layer.module is module else follow
@@ -132,7 +136,7 @@ class Capture:
             if node not in ends
         ]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), without_reduction(behind.data_parallel):
                 # Asking for the deepest edges only makes the engine pass every other node on its way.
                 edges = [GradientEdge(node, call.output_nr) for node, call in ends.items()]
                 gradients = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
@@ -154,8 +158,8 @@ class Capture:
         if not behind.calls:
             raise RuntimeError(
                 "no preconditioned layer was found behind `output`: pass what the model's latest "
-                "forward pass returned, called through the model given to the optimizer, with grad enabled "
-                "and without torch.compile"
+                "forward pass returned, called through the model given to the optimizer, with grad enabled. "
+                f"Or {COMPILED_AFTERWARDS}"
                 if self.detach.alive
                 else "the optimizer was detached from its model: build a new one to train on"
             )

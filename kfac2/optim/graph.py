@@ -36,6 +36,8 @@ class Behind:
     checkpoints: int = 0
     """Number of nodes of reentrant activation checkpointing, which hide what they have run."""
     checkpoint_above_call: bool = False
+    data_parallel: list[Node] = field(default_factory=list)
+    """Nodes that ``DistributedDataParallel`` has put behind its output."""
 
     def used_elsewhere(self) -> set[int]:
         """The layers whose weight is used by anything but a call."""
@@ -91,6 +93,8 @@ def _classify(
         carries[node] = carried[0]
     else:
         behind.uses += [(layer, node) for layer in carried]
-    if type(node).__name__ == "CheckpointFunctionBackward":
+    if type(node).__name__ == "_DDPSinkBackward":
+        behind.data_parallel.append(node)
+    elif type(node).__name__ == "CheckpointFunctionBackward":
         behind.checkpoints += 1
         behind.checkpoint_above_call |= below

@@ -15,6 +15,8 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
 )
 
+from kfac2.optim.compiled import COMPILED_AFTERWARDS
+
 
 class Hook:
     """A hook that belongs to one model: a copy or a pickle of it does nothing, nor has it any part in a
@@ -52,10 +54,7 @@ class StandIn:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "K-FAC cannot capture inside torch.compile: train the uncompiled model, or compile the "
-                "parts of it that hold no preconditioned layer"
-            )
+            raise RuntimeError(f"K-FAC cannot capture inside a compiled call: {COMPILED_AFTERWARDS}")
         first = next_sequence_number()
         output = type(self.module).forward(self.module, *args, **kwargs)
         for follower in self.followers:

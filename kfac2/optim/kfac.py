@@ -11,11 +11,13 @@ from torch.optim.sgd import sgd
 
 from kfac2.curvature import INVERSES, CoarseSpace
 from kfac2.optim.capture import Capture
+from kfac2.optim.compiled import run_eagerly, uncompiled
 from kfac2.optim.coverage import Coverage, summary
+from kfac2.optim.distributed import Processes
 from kfac2.optim.losses import loss_of
 from kfac2.optim.memory import limit_factors
 from kfac2.optim.observation import sampled_backward
-from kfac2.optim.options import SharedOptions, as_generators, check_choice, refuse_distributed, shared_options
+from kfac2.optim.options import SharedOptions, as_generators, check_choice, shared_options
 from kfac2.optim.preconditioner import Preconditioner
 from kfac2.optim.rest import Rest, check_same_rest, name_of, split_rest, with_rest
 from kfac2.optim.samples import set_sharing
@@ -41,7 +43,9 @@ class KFAC(torch.optim.SGD):
     refresh has seen yet takes plain steps.
 
     Args:
-        model: the module whose forward pass makes the output. Not compiled, not data-parallel.
+        model: the module whose forward pass makes the output; not wrapped for data parallelism. One that is
+            compiled, as a whole before the optimizer is built or in parts at any time, runs compiled in
+            ordinary iterations and eagerly in those that refresh the curvature.
         lr, momentum, weight_decay: η, μ (heavy ball on the preconditioned gradient), β (added after
             preconditioning and clipping, to every parameter).
         dampening, nesterov, maximize: as ``torch.optim.SGD``'s, on the preconditioned gradient.
@@ -84,6 +88,10 @@ class KFAC(torch.optim.SGD):
             with this one, and its groups are the last of ``param_groups``: a scheduler on this optimizer drives
             all of them, one on ``optimizer.rest`` its own. A layer that is supported but never seen by a
             refresh stays with plain SGD.
+        process_group: of ``torch.distributed``: the processes that train this model together, all by default.
+            Build the optimizer from the plain module in each, call the model through
+            ``DistributedDataParallel``, and let all make the same steps. The curvature is that of all their
+            samples, each process drawing labels of its own; give all the same ``generator`` state.
         coarse: a ``CoarseSpace`` makes it two-level; ``TwoLevelKFAC`` builds the paper's.
 
     The curvature's memory (``print(optimizer)`` says how much) is taken at the first ``update_curvature``, for
@@ -119,11 +127,13 @@ class KFAC(torch.optim.SGD):
         max_factor_dim: int | None = 8192,
         factor_dtype: torch.dtype | None = None,
         rest: Rest = "sgd",
+        process_group: Any = None,
         coarse: CoarseSpace | None = None,
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"K-FAC needs the model itself, not {type(model).__name__}: KFAC(model, lr=...)")
         refuse_wrapped(model)
+        model, called = uncompiled(model), model
         loss = loss_of(likelihood, class_dim)
         check_choice("inverse", inverse, INVERSES)
         if not 0 <= factor_decay < 1:
@@ -155,7 +165,9 @@ class KFAC(torch.optim.SGD):
         self.param_groups.extend([] if self.rest is None else self.rest.param_groups)
         self._share_with_rest()
         self._entries = with_rest(entries, self.rest)
-        self.preconditioner = Preconditioner(layers, self.param_groups, inverse, factor_decay, coarse)
+        self.preconditioner = Preconditioner(
+            layers, self.param_groups, inverse, factor_decay, coarse, Processes(process_group)
+        )
         self._loss = loss._replace(replicas=layers[0].replicas if layers[0].replicated else None)
         self._generators = as_generators(generator, layers[0].replicas)
         self._placement = placement(self.param_groups)
@@ -166,6 +178,7 @@ class KFAC(torch.optim.SGD):
             self.preconditioner.plain,
             due=lambda: (optimizer := this()) is not None and optimizer.refresh_is_due,
         )
+        run_eagerly(called, due=lambda: (optimizer := this()) is not None and optimizer._captures)
         self._told_unseen = False
 
     # -- what the training loop calls ---------------------------------------------------------------
@@ -200,9 +213,9 @@ class KFAC(torch.optim.SGD):
         self._loss.check(output, labels, targets, mask)
         if not self.refresh_is_due:
             return
-        refuse_distributed()
         self._follow_model()
         preconditioner, samples = self.preconditioner, output.shape[self._loss.leading - 1]
+        generators = preconditioner.processes.generators(self._generators)
         if samples == 0:
             preconditioner.end_batch()
             return
@@ -214,7 +227,7 @@ class KFAC(torch.optim.SGD):
 
         with torch.autocast(output.device.type, enabled=False):
             try:
-                loss = self._loss.sample(output, self._generators, labels, targets, mask)
+                loss = self._loss.sample(output, generators, labels, targets, mask)
                 with sampled_backward():
                     nodes = self._capture.backpropagate(loss, visit)
                 preconditioner.end_batch(nodes)
@@ -264,6 +277,10 @@ class KFAC(torch.optim.SGD):
         and ``update_curvature`` must be called."""
         interval = shared_options(self._own_groups).factor_interval
         return self.preconditioner.iteration % interval == 0 and self.preconditioner.has_trainable_layer()
+
+    @property
+    def _captures(self) -> bool:
+        return torch.is_grad_enabled() and self._capture.detach.alive and self.refresh_is_due
 
     def detach(self) -> None:
         """Take the optimizer's hook off the model: after training, before scripting, exporting or copying.

@@ -65,12 +65,3 @@ def as_generators(
     if len(generators) not in (1, replicas):
         raise ValueError(f"{len(generators)} generators for {replicas} replicas: give one, or one for each")
     return generators
-
-
-def refuse_distributed() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise RuntimeError(
-            "several processes train one model, and each would see different curvature: data parallelism "
-            "is not supported"
-        )

@@ -11,6 +11,7 @@ from torch.autograd.graph import Node
 
 from kfac2.curvature import CoarseSpace, kl_clip_factor, ratio_factor
 from kfac2.curvature.averages import decay_at, matrices
+from kfac2.optim.distributed import Flags, Processes
 from kfac2.optim.layers import Layer
 from kfac2.optim.memory import diagonal_notes, layer_bytes, warn_of_little_memory
 from kfac2.optim.observation import Batch, Observation, Observations
@@ -36,8 +37,10 @@ class Preconditioner:
         inverse: str,
         factor_decay: float,
         coarse: CoarseSpace | None,
+        processes: Processes,
     ):
         self.layers, self.factor_decay, self.coarse = layers, factor_decay, coarse
+        self.processes = processes
         self.replicas, self.replicated = layers[0].replicas, layers[0].replicated
         self._inverse = inverse
         self._group_of = {p: k for k, group in enumerate(param_groups) for p in group["params"]}
@@ -179,16 +182,20 @@ class Preconditioner:
         self._observations.add(observation)
 
     def refresh_factors(self) -> None:
-        """Take the sample into the running averages.
+        """Take the sample, of all processes, into the running averages.
 
         Raises:
-            RuntimeError: there is none.
+            RuntimeError: there is none, in one of the processes.
         """
         observed = self._observations.take()
-        if observed is None:
+        missing = observed is None
+        if self.processes.number > 1:
+            observed, missing = self._of_all_processes(observed)
+        if observed is None or missing:
             raise RuntimeError(
                 f"iteration {self.iteration + 1} refreshes the curvature: call "
                 "optimizer.update_curvature(output) between the forward pass and backward()"
+                + (", in every process" if self.processes.number > 1 else "")
             )
         decay = decay_at(self.iteration + 1, self.factor_decay)
         rejected = [
@@ -198,6 +205,21 @@ class Preconditioner:
             self.coarse.sample = observed.coarse
             rejected.append(self.coarse.fold(decay))
         self._count("rejected_samples", rejected)
+
+    def _of_all_processes(self, own: Observation | None) -> tuple[Observation, bool]:
+        """The sum of what they have observed, and whether one has observed nothing at all."""
+        observed = own or Observation([stack.sample({}, 0) for stack in self.stacks], None)
+        samples: list[Any] = list(observed.stacks)
+        plain = torch.tensor([i in self.plain for i in range(len(self.layers))])
+        samples.append(Flags(torch.tensor(own is None), plain))
+        if self.coarse is not None:
+            samples.append(observed.coarse or self.coarse.no_sample())
+        totals, n = self.processes.total(samples), len(self.stacks)
+        stacks, flags, coarse = totals[:n], totals[n], totals[n + 1 :]
+        for i in flags.plain.nonzero().flatten().tolist():
+            self.plain.setdefault(i, "left to plain SGD by another process")
+        seen = [sample for sample in coarse if bool(sample.counts.any() | sample.rejected.any())]
+        return Observation(stacks, seen[0] if seen else None), bool(flags.missing)
 
     def refresh_inverses(self, damping: float) -> None:
         """Recompute all inverses; one that fails leaves its predecessor in place, or without one plain steps.

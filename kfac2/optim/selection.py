@@ -12,22 +12,23 @@ from kfac2.optim.hooks import has_own_forward
 from kfac2.optim.layers import ADAPTERS, Layer, adapter_of, why_without_adapter
 
 Exclude = Iterable[str] | Callable[[str, nn.Module], bool]
-DATA_PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
+SHARDED = {"DataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raise ``ValueError`` for data parallelism and ``torch.compile``, where captures would be wrong."""
-    for name, module in model.named_modules():
-        if type(module).__name__ in DATA_PARALLEL or hasattr(module, "_fsdp_wrapped_module"):
+    """Raise ``ValueError`` for wrappers of data parallelism, where captures would be wrong."""
+    for module in model.modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        if "DistributedDataParallel" in kinds:
             raise ValueError(
-                f"{type(module).__name__} is not supported: its processes would see different curvature. "
-                "Build the optimizer from the plain module and train it in one process"
+                "give K-FAC the plain module, not the DistributedDataParallel around it: "
+                "optimizer = KFAC(ddp.module, ...), and go on calling ddp(x)"
             )
-        compiled = hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
-        if compiled and any(adapter_of(m) is not None for m in module.modules()):
+        if kinds & SHARDED or hasattr(module, "_fsdp_wrapped_module"):
             raise ValueError(
-                f"{name or 'the model'} is compiled with torch.compile, which hides the layers from the "
-                "hooks: train the uncompiled model, or compile only parts without layers to precondition"
+                f"{', '.join(sorted(kinds & SHARDED)) or 'FullyShardedDataParallel'} is not supported: no process "
+                "has whole layers. For several processes build the optimizer from the plain module and call that "
+                "through DistributedDataParallel"
             )
 
 
@@ -49,14 +50,14 @@ def select_layers(
     shared = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     layers: list[Layer] = []
     entries: list[Entry] = []
-    for name, module in model.named_modules():
-        adapter = adapter_of(module)
+    for full_name, module in model.named_modules():
+        name, adapter = canonical_name(full_name), adapter_of(module)
         reason = _reason_for_plain(name, module, adapter, optimized, excluded, shared)
         layer = None
         if adapter is not None and reason is None:
             bias: nn.Parameter | None = getattr(module, "bias", None)
             with_bias = bias is not None and bias.requires_grad and bias in optimized
-            layer = adapter(canonical_name(name), module, with_bias)
+            layer = adapter(name, module, with_bias)
             layers.append(layer)
         for key, parameter in module.named_parameters(recurse=False):
             inside = layer is not None and any(parameter is p for p in layer.parameters)
@@ -108,7 +109,7 @@ def _exclusion(model: nn.Module, exclude: Exclude) -> Callable[[str, nn.Module],
     if callable(exclude):
         return exclude
     names = [exclude] if isinstance(exclude, str) else list(exclude)
-    known = dict(model.named_modules())
+    known = {canonical_name(name): module for name, module in model.named_modules()}
     unknown = [name for name in names if name not in known]
     if unknown:
         layers = [name for name, module in known.items() if adapter_of(module) is not None]

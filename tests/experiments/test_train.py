@@ -191,6 +191,12 @@ def test_settings_that_came_later_leave_the_committed_records_their_identity() -
         "optimizer=two_level_kfac", "optimizer.coarse_damping=consistent", "optimizer.coarse_max_ratio=2"
     )
     assert run_path(changed).name == "coarse_damping=consistent,coarse_max_ratio=2.0"
+    assert "compile" not in identity(config())["training"]
+    with pytest.raises(ValueError, match=r"training\.compile=true is not for seeds that train side by side"):
+        train(config("training.compile=true"))
+    compiled = config("training.compile=true")
+    assert identity(compiled)["training"]["compile"]
+    assert run_path(compiled).name == "compile=True"
     coarse = build_training(changed, [0]).optimizer.coarse
     assert (coarse.damping, coarse.max_ratio) == ("consistent", 2.0)
 
@@ -303,7 +309,7 @@ def test_missing_images_are_one_line(preview: list[str], tmp_path: Path) -> None
         (["lr=1"], "Did you mean optimizer.lr?"),
         (["optimizer=sgd,kfac", "optimizer.damp=1"], "Did you mean optimizer.damping"),
         ([f"problem={PREVIEW}", "problem.data.pth=x"], "Did you mean problem.data.path"),
-        (["training.epoch=1"], "training.batch_size, training.channels_last, training.epochs"),
+        (["training.epoch=1"], "training.channels_last, training.compile, training.epochs"),
     ],
 )
 def test_unknown_settings_are_refused_with_a_list(overrides: list[str], message: str) -> None:

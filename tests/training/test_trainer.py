@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -305,6 +306,25 @@ def test_channels_last_changes_the_layout_and_not_the_numbers(factory: Any, imag
     assert all(map(all, seen))
     assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-3)
     assert row["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-2)
+
+
+def test_a_compiled_model_trains_alike(images: Cifar10, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        return lambda *inputs: calls.append("") or graph.forward(*inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    factory = partial(TwoLevelKFAC, lr=0.01, factor_interval=2, inverse_interval=2)
+    plain, compiled = (resnet_training(images, factory, 2, compile=on) for on in (False, True))
+    for _ in range(2):
+        (one,), (other,) = plain.train_epoch(), compiled.train_epoch()
+        for name in ("train_loss", "test_loss", "nu"):
+            assert other[name] == pytest.approx(one[name], rel=1e-4)
+    steps, evaluations = 2, 2
+    assert len(calls) == steps + evaluations  # the other two steps are refreshes
+    assert plain.state_dict()["model"].keys() == compiled.state_dict()["model"].keys()
+    torch._dynamo.reset()
 
 
 def test_autocast_is_for_the_forward_pass_alone(images: Cifar10) -> None:
