@@ -187,6 +187,8 @@ class Preconditioner:
         Raises:
             RuntimeError: there is none, in one of the processes.
         """
+        if self.processes.number > 1:  # whose messages need the same layers in all of them
+            self.allocate(i for i, layer in enumerate(self.layers) if layer.weight.requires_grad)
         observed = self._observations.take()
         missing = observed is None
         if self.processes.number > 1:
