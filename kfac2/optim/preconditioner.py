@@ -421,10 +421,11 @@ class Preconditioner:
         )
 
     def _per_replica(self, bad: Blocks) -> Tensor:
-        """How many, ``(R,)``."""
+        """How many, ``(R,)``; a layer in row blocks counts once."""
         if not bad:
             return torch.zeros(self.replicas, dtype=torch.int64)
-        return torch.stack([b.reshape(-1, self.replicas).sum(0) for b in bad]).sum(0).cpu()
+        layers = [torch.atleast_2d(b).unflatten(1, (self.replicas, -1)).amax(-1) for b in bad]
+        return torch.stack([of_stack.sum(0) for of_stack in layers]).sum(0).cpu()
 
     def _names(self, bad: Blocks, most: int = 5) -> str:
         """The layers in ``bad``, one ``(n, R)`` per stack and, last, the coarse space's ``(R,)``."""

@@ -165,6 +165,24 @@ def test_totals_are_the_samples_own_sums(kind: str) -> None:
     close(g.flatten(0, 1).T, gradients.flatten(2).sum(-1))
 
 
+def test_a_group_that_is_not_finite_counts_as_its_layer_and_leaves_the_others_alone() -> None:
+    model = nn.Sequential(
+        nn.Conv1d(3, 3, 1, groups=3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(3, 2)
+    )
+    optimizer = KFAC(model, **options_for(GAUSSIAN, factor_interval=1))
+    good, bad = GAUSSIAN.batches(2, sample=(3, 4))
+    real_step(optimizer, model, [good])
+    (before, *_) = (stack.blocks.a.clone() for stack in optimizer.preconditioner.stacks)
+    bad.inputs[:, :2] = 1e200  # whose squares are infinite
+    optimizer.update_curvature(model(bad.inputs))  # drawn labels: the output gradients stay finite
+    with pytest.warns(RuntimeWarning, match=r"layers 0, 3\)"):
+        optimizer.step()
+    after = optimizer.preconditioner.stacks[0].blocks.a
+    assert torch.equal(after[0, :2], before[0, :2])
+    assert not torch.equal(after[0, 2], before[0, 2])
+    assert optimizer.rejected_samples == 2
+
+
 WORDS = 6
 
 
