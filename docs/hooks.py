@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "examples/README.md")
 RESULTS = ("*.md", "*.png")
 LINK = re.compile(r"(?<=\]\()[^)#:\s]+(?=[)#])")  # the path of a link that stays in the repository
 

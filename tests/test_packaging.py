@@ -31,3 +31,9 @@ def test_every_requirement_is_locked(extra: str | None) -> None:
 
 def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
+
+
+def test_type_information_is_shipped() -> None:
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert all((ROOT / "kfac2" / name).exists() for name in tools["package-data"]["kfac2"])
+    assert "py.typed" in tools["package-data"]["kfac2"]
