@@ -62,6 +62,7 @@ benchmark: $(READY) ## time the optimizers against each other and their peers
 	$(BIN)/python -m benchmarks.depth
 	$(BIN)/python -m benchmarks.resnet
 	$(BIN)/python -m benchmarks.distributed
+	$(BIN)/python -m benchmarks.transformers
 
 # Parts of the above.
 $(RUNS): $(READY)

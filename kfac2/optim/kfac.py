@@ -377,7 +377,8 @@ class KFAC(torch.optim.SGD):
         is_first = bool(buffers) and buffers[0] is None
         # The fused update walks raw memory: all that it reads together must have one layout.
         together = (*params, *grads, *(buffer for buffer in buffers if buffer is not None))
-        fusible = all(p.device.type in ("cpu", "cuda") and not p.is_complex() for p in params)
+        kinds = {(p.device, p.dtype) for p in params}  # a set first: few of them, of hundreds of parameters
+        fusible = all(device.type in ("cpu", "cuda") and not dtype.is_complex for device, dtype in kinds)
         fusible = fusible and all(x.is_contiguous() for x in together)
         sgd(
             params,
