@@ -29,6 +29,12 @@ def test_every_requirement_is_locked(extra: str | None) -> None:
     assert names <= locked
 
 
+def test_every_locked_file_has_a_hash() -> None:
+    text = (ROOT / "requirements.lock").read_text()
+    locked = re.findall(r"^[\w.-]+==[^\n]*(?:\n {4}--hash=sha256:[0-9a-f]{64}[^\n]*)+", text, re.MULTILINE)
+    assert len(locked) == len(re.findall(r"^[\w.-]+==", text, re.MULTILINE)) > 50
+
+
 def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
