@@ -48,12 +48,12 @@ class GPT(nn.Module):
 
     def __init__(self, width: int = GPT_WIDTH):
         super().__init__()
-        self.words, self.positions = nn.Embedding(WORDS, width), nn.Embedding(TOKENS, width)
+        self.words, self.positions = nn.Embedding(WORDS, width), nn.Parameter(torch.zeros(TOKENS, width))
         self.blocks = nn.Sequential(*(Block(width, causal=True) for _ in range(DEPTH)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, WORDS)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.words(tokens) + self.positions.weight[: tokens.shape[1]]
+        x = self.words(tokens) + self.positions[: tokens.shape[1]]
         return self.head(self.norm(self.blocks(x)))
 
 
