@@ -187,12 +187,10 @@ class Preconditioner:
         Raises:
             RuntimeError: there is none, in one of the processes.
         """
-        if self.processes.number > 1:  # whose messages need the same layers in all of them
-            self.allocate(i for i, layer in enumerate(self.layers) if layer.weight.requires_grad)
-        observed = self._observations.take()
-        missing = observed is None
         if self.processes.number > 1:
-            observed, missing = self._of_all_processes(observed)
+            observed, missing = self._of_all_processes()
+        else:
+            observed, missing = self._observations.take(), False
         if observed is None or missing:
             raise RuntimeError(
                 f"iteration {self.iteration + 1} refreshes the curvature: call "
@@ -208,8 +206,11 @@ class Preconditioner:
             rejected.append(self.coarse.fold(decay))
         self._count("rejected_samples", rejected)
 
-    def _of_all_processes(self, own: Observation | None) -> tuple[Observation, bool]:
+    def _of_all_processes(self) -> tuple[Observation, bool]:
         """The sum of what they have observed, and whether one has observed nothing at all."""
+        # Their messages need the same layers in all of them.
+        self.allocate(i for i, layer in enumerate(self.layers) if layer.weight.requires_grad)
+        own = self._observations.take()
         observed = own or Observation([stack.sample({}, 0) for stack in self.stacks], None)
         samples: list[Any] = list(observed.stacks)
         plain = torch.tensor([i in self.plain for i in range(len(self.layers))])
