@@ -96,6 +96,9 @@ class DeepLinearMLP:
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         yield self.test_inputs.mT.contiguous(), self.test_targets
 
+    def full_batch(self) -> tuple[Tensor, Tensor]:
+        return self.train_inputs.mT.contiguous(), self.train_targets
+
     def batches_per_epoch(self, batch_size: int) -> int:
         return -(-self.train_targets.shape[1] // batch_size)
 

@@ -157,6 +157,9 @@ class CifarResNet:
     def batches_per_epoch(self, batch_size: int) -> int:
         return -(-len(self.train_targets) // batch_size)
 
+    def full_batch(self) -> None:
+        return None
+
     def batch_size(self, targets: Tensor) -> int:
         return len(targets)
 

@@ -4,10 +4,11 @@ from experiments.records.directory import OtherRecordError, RecordDirectory, Rec
 from experiments.records.files import PAPER, NoRecordsError, RecordError, seed_directory
 from experiments.records.measurements import PCG_LIMIT, load_measurement
 from experiments.records.record import Record, load_record, shared_settings
-from experiments.records.runs import FINAL_EPOCHS, Run, find_runs, load_runs
+from experiments.records.runs import FINAL_EPOCHS, FULL_BATCH_LOSS, Run, find_runs, load_runs
 
 __all__ = [
     "FINAL_EPOCHS",
+    "FULL_BATCH_LOSS",
     "PAPER",
     "PCG_LIMIT",
     "NoRecordsError",

@@ -25,6 +25,8 @@ from experiments.records.record import Record, load_record, shared_settings
 
 FINAL_EPOCHS = 5
 """The final loss is the mean over these last epochs."""
+FULL_BATCH_LOSS = "full_batch_loss"
+"""Column of the loss over all training samples as one batch; NaN in most epochs."""
 FAILURES = {
     "rejected_samples": "curvature samples that were not finite",
     "failed_inverses": "inverses that could not be computed",
@@ -118,6 +120,20 @@ class Run:
     def final_test_losses(self) -> pd.Series:
         """The median test loss over the last ``FINAL_EPOCHS`` epochs by seed, which single spikes leave alone."""
         return self.table("test_loss").tail(FINAL_EPOCHS).median(skipna=False)
+
+    def full_batch_losses(self, epoch: int | None = None) -> pd.Series:
+        """The loss over all training samples as one batch, by seed, after an epoch (None: the last one); NaN for a
+        diverged seed.
+
+        Raises:
+            RecordError: it was not recorded then.
+        """
+        epoch = self.epochs if epoch is None else epoch
+        values = self._pivot(FULL_BATCH_LOSS).reindex([epoch]).loc[epoch]
+        alive = finite_so_far(self._pivot("train_loss")).reindex([epoch], fill_value=True).loc[epoch]
+        if bool(values.isna().all() and alive.any()):
+            raise RecordError(f"{self.records[0].path} has no {FULL_BATCH_LOSS} of epoch {epoch}")
+        return values.where(alive & np.isfinite(values))
 
     def _pivot(self, metric: str) -> pd.DataFrame:
         curves = self.curves if metric in self.curves else self.curves.assign(**{metric: np.nan})

@@ -48,6 +48,10 @@ class Problem(Protocol):
         """The whole test split, in a fixed order."""
         ...
 
+    def full_batch(self) -> tuple[Tensor, Tensor] | None:
+        """All training samples as one batch, in a fixed order; None where they are too many for one."""
+        ...
+
     def batch_size(self, targets: Tensor) -> int:
         """Samples of each seed in the batch with these targets: the weight of its means."""
         ...

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
-from experiments.records import Row
+from experiments.records import FULL_BATCH_LOSS, Row
 from experiments.training import processes
 from experiments.training.problem import Problem
 from experiments.training.records import RunDirectory
@@ -19,6 +20,7 @@ from experiments.training.tracking import Tracker
 
 OptimizerFactory = Callable[..., Any]
 """``factory(model, likelihood=..., generator=...)``."""
+FULL_BATCH_EVERY = 5  # epochs between evaluations on all training samples as one batch
 OVER = "over"  # in place of a checkpoint: nothing is to be trained
 
 
@@ -178,6 +180,7 @@ class Training:
         self.epoch += 1
         losses = {"train_loss": train.pop("loss"), "train_accuracy": train.pop("accuracy")}
         losses |= {"test_loss": test["loss"], "test_accuracy": test["accuracy"]}
+        losses |= self._full_batch_loss()
         rows = [
             {"seed": seed, "epoch": self.epoch}
             | {name: values[r] for name, values in losses.items()}
@@ -258,6 +261,21 @@ class Training:
                 accuracy=self.problem.accuracies(output, targets),
             )
         return averages.means()
+
+    @torch.no_grad()
+    def _full_batch_loss(self) -> dict[str, list[float]]:
+        """The loss of all training samples as one batch under its own statistics, which are not kept: the
+        minibatches' loss without the noise of theirs. NaN in the epochs between."""
+        batch = self.problem.full_batch()
+        if batch is None:
+            return {}
+        if self.epoch % FULL_BATCH_EVERY and self.epoch < self.settings.epochs:
+            return {FULL_BATCH_LOSS: [math.nan] * len(self.problem.seeds)}
+        inputs, targets = batch
+        self.problem.model.train()
+        buffers = {name: buffer.clone() for name, buffer in self.problem.model.named_buffers()}
+        output = functional_call(self.problem.model, buffers, inputs)
+        return {FULL_BATCH_LOSS: self.problem.losses(output, targets).tolist()}
 
     def _forward(self, inputs: Tensor) -> Tensor:
         if self.settings.channels_last and inputs.dim() == 4:

@@ -146,3 +146,18 @@ def test_failures_are_counted_over_seeds() -> None:
     run = Run([Record(Path("kfac/paper"), curves.assign(rejected_samples=0), {})])
     assert run.failures == "3 inverses that could not be computed"
     assert Run([Record(Path("sgd/paper"), curves.drop(columns="failed_inverses"), {})]).failures == ""
+
+
+def test_full_batch_losses_are_read_where_they_were_recorded(write_record: Write, tmp_path: Path) -> None:
+    path = write_record("sgd", problem="side_by_side", epochs=6, seeds=[0, 1]) / "curves.csv"
+    curves = pd.read_csv(path)
+    curves["full_batch_loss"] = (curves["seed"] + 1).where(curves["epoch"] == 5)
+    curves.loc[(curves["seed"] == 1) & (curves["epoch"] == 2), "train_loss"] = math.nan
+    curves.to_csv(path, index=False)
+    run = load_runs(tmp_path / "runs", "side_by_side")["sgd"]
+    losses = run.full_batch_losses(5)
+    assert losses[0] == 1
+    assert math.isnan(losses[1])
+    for epoch in (None, 4, 7):
+        with pytest.raises(RecordError, match="no full_batch_loss of epoch"):
+            run.full_batch_losses(epoch)

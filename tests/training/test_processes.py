@@ -42,6 +42,9 @@ class Problem(SimpleNamespace):
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         yield self.x, self.y
 
+    def full_batch(self) -> tuple[Tensor, Tensor]:
+        return self.x, self.y
+
     def batch_size(self, targets: Tensor) -> int:
         return len(targets)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ COLUMNS = [
     "train_accuracy",
     "test_loss",
     "test_accuracy",
+    "full_batch_loss",
     "learning_rate",
     "seconds",
 ]
@@ -79,6 +81,28 @@ def test_losses_are_means_over_the_epoch_s_samples() -> None:
         assert list(row) == COLUMNS
         assert row["train_loss"] == pytest.approx(total[r].item() / 100, rel=1e-5)
         assert row["train_accuracy"] == pytest.approx(right[r].item() / 100, rel=1e-6)
+
+
+def test_the_full_batch_s_loss_is_the_net_s_in_training_mode_and_leaves_no_trace() -> None:
+    """Every fifth epoch and the last; the twin makes one batch of all samples, of another copy of the net."""
+    run, untouched = training(epochs=7, factory=two_levels), training(epochs=7, factory=two_levels)
+    untouched.problem.full_batch = lambda: None
+    for epoch in range(1, 8):
+        rows, others = run.train_epoch(), untouched.train_epoch()
+        assert all("full_batch_loss" not in row for row in others)
+        for own, other in zip(run.problem.model.buffers(), untouched.problem.model.buffers(), strict=True):
+            assert own.equal(other)
+        assert [row["train_loss"] for row in rows] == [row["train_loss"] for row in others]
+        found = [row["full_batch_loss"] for row in rows]
+        if epoch not in (5, 7):
+            assert all(map(math.isnan, found))
+            continue
+        problem, copy = run.problem, deepcopy(run.problem.model)
+        assert isinstance(problem, DeepLinearMLP)
+        copy.train()
+        expected = problem.losses(copy(problem.train_inputs.mT), problem.train_targets)
+        assert found == pytest.approx(expected.tolist(), rel=1e-5)
+        assert found != pytest.approx([row["train_loss"] for row in rows], rel=1e-3)
 
 
 def test_batches_are_weighted_by_the_size_that_the_problem_states() -> None:
