@@ -265,12 +265,10 @@ class Training:
     @torch.no_grad()
     def _full_batch_loss(self) -> dict[str, list[float]]:
         """The loss of all training samples as one batch under its own statistics, which are not kept: the
-        minibatches' loss without the noise of theirs. NaN in the epochs between."""
+        minibatches' loss without the noise of theirs. Not in every epoch."""
         batch = self.problem.full_batch()
-        if batch is None:
+        if batch is None or (self.epoch % FULL_BATCH_EVERY and self.epoch < self.settings.epochs):
             return {}
-        if self.epoch % FULL_BATCH_EVERY and self.epoch < self.settings.epochs:
-            return {FULL_BATCH_LOSS: [math.nan] * len(self.problem.seeds)}
         inputs, targets = batch
         self.problem.model.train()
         buffers = {name: buffer.clone() for name, buffer in self.problem.model.named_buffers()}
