@@ -23,12 +23,14 @@ KEYS = {key.rpartition(".")[2]: key for key in PAPER}
 
 @dataclass(frozen=True)
 class Arm:
-    """An optimizer with ``changes``, the settings that are not the paper's, on the seeds 0, 1, … of a problem."""
+    """An optimizer with ``changes``, the settings that are not the paper's, on ``seeds`` seeds of a problem, from
+    ``first`` on."""
 
     optimizer: str
     changes: tuple[tuple[str, Any], ...] = ()
     seeds: int = 10
     problem: str = "deep_linear_mlp"
+    first: int = 0
 
     @property
     def name(self) -> str:
@@ -38,8 +40,9 @@ class Arm:
     @property
     def variant(self) -> str:
         """The directory of its record, where all seeds are trained side by side."""
-        seeds = "-".join(map(str, range(self.seeds)))
-        return _variant(self.changes if self.seeds == PAPER_SEEDS else (*self.changes, ("seeds", seeds)))
+        seeds = range(self.first, self.first + self.seeds)
+        own = () if seeds == range(PAPER_SEEDS) else (("seeds", "-".join(map(str, seeds))),)
+        return _variant((*self.changes, *own))
 
     @property
     def group(self) -> str:

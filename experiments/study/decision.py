@@ -1,0 +1,55 @@
+"""The arms that the verdict is decided by, as results/study/rules.md states them; below ``results/decision``."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from experiments.study.arms import FULL, ONE_LEVEL, Arm, one, two, variant
+
+SELECTION, TEST = range(5), range(5, 20)
+"""Seeds that choose a level's settings, and those that compare the chosen ones."""
+DAMPINGS, RATES, MOMENTA = (1e-3, 1e-4, 1e-5, 1e-6), (3e-4, 1e-3, 3e-3, 1e-2), (0.0, 0.9)
+Setting = tuple[float, float, float]
+"""λ, η and μ."""
+LEVELS: dict[str, Callable[..., Arm]] = {"one level": one, "two levels": two}
+
+
+def arm(level: str, setting: Setting, seeds: range = SELECTION) -> Arm:
+    damping, rate, momentum = setting
+    chosen = LEVELS[level](damping=damping, lr=rate, momentum=momentum)
+    return replace(chosen, seeds=len(seeds), first=seeds.start)
+
+
+# Hypothesis 1: equal tuning.
+GRID: dict[str, dict[Setting, Arm]] = {
+    level: {
+        setting: arm(level, setting)
+        for setting in (
+            (damping, rate, momentum) for damping in DAMPINGS for rate in RATES for momentum in MOMENTA
+        )
+    }
+    for level in LEVELS
+}
+
+# Hypothesis 2: at the paper's settings, directions whose length no coarse matrix of their own decides.
+DIRECTIONS = (
+    FULL,
+    "identity",
+    "diagonal",
+    "permuted",
+    "signs",
+    "signs_2",
+    "signs_3",
+    "gaussian",
+    "gaussian_2",
+    "gaussian_3",
+)
+LENGTHS = ("scheduled", "constant")
+CONTROLS: dict[str, Arm] = {
+    ONE_LEVEL: one(),
+    FULL: two(),
+    **{
+        f"{direction}, {length}": variant(f"{direction}_{length}")
+        for length in LENGTHS
+        for direction in (DIRECTIONS if length == "scheduled" else DIRECTIONS[:4])
+    },
+}
