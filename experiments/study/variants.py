@@ -1,6 +1,7 @@
 """Coarse spaces that take the two-level correction apart: each changes one thing of ``CoarseSpace``."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import combinations
 from math import prod, sqrt
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.study.lengths import PermutedBySeed, constant, of_length, prolonged_norm, scheduled
 from kfac2.curvature import CoarseSpace
 from kfac2.curvature.coarse import Blocks, Maps
 from kfac2.curvature.grids import pair_grid
@@ -29,23 +31,16 @@ class DampingOnly(CoarseSpace):
 
 
 class NormMatched(CoarseSpace):
-    """Another direction in the coarse space, as long as the full correction at every step.
-
-    Lengths are those of the corrections in parameter space: ``‖Zᵀβ‖² = Σ_i n_i β_i²``, ``n_i`` a layer's number
-    of parameters.
-    """
+    """Another direction in the coarse space, as long in parameter space as the full correction at every step."""
 
     def solve(self, coarse_gradient: Tensor) -> Tensor:
         full, other = super().solve(coarse_gradient), self.direction(coarse_gradient)
-        norm, other_norm = self._norm(full), self._norm(other)
+        norm, other_norm = (prolonged_norm(self.sizes, each) for each in (full, other))
         return other * torch.where(other_norm > 0, norm / other_norm, 0.0)
 
     def direction(self, coarse_gradient: Tensor) -> Tensor:
         """What takes the place of ``(F̃_coarse + λI)^{-1} Z ∇``, ``(R, L)``, of any length."""
         raise NotImplementedError
-
-    def _norm(self, coefficients: Tensor) -> Tensor:
-        return (self.sizes * coefficients.square()).sum(-1, keepdim=True).sqrt()
 
 
 class Identity(NormMatched):
@@ -224,9 +219,48 @@ class AuthorsAccumulated(AuthorsScale):
         return eigenvalues + damping
 
 
+def _of_lengths() -> dict[str, Callable[[float], CoarseSpace]]:
+    """Directions at a length that no coarse matrix decides."""
+
+    def by_schedule(step: int) -> float:
+        return scheduled(step, MLP_EPOCH_STEPS)
+
+    directions = {
+        "full": CoarseSpace,
+        "identity": DampingOnly,
+        "diagonal": Diagonal,
+        "permuted": PermutedBySeed,
+    }
+    bases = {"signs": random_signs, "gaussian": gaussian}
+    own: dict[str, Callable[[float], CoarseSpace]] = {
+        f"{direction}_{length}": partial(_weighted, of_length(space, ratio))
+        for length, ratio in (("scheduled", by_schedule), ("constant", constant))
+        for direction, space in directions.items()
+    }
+    return own | {
+        f"{basis}{suffix}_scheduled": partial(
+            _weighted, partial(of_length(RandomBasis, by_schedule), draw, seed=seed)
+        )
+        for basis, draw in bases.items()
+        for seed, suffix in enumerate(("", "_2", "_3"))
+    }
+
+
+def _weighted(space: Callable[..., CoarseSpace], weight: float) -> CoarseSpace:
+    return space(weight=weight)
+
+
 def _diagonal(matrix: Tensor) -> Tensor:
     """The matrix without what is off its diagonal."""
     return matrix.diagonal(dim1=-2, dim2=-1).diag_embed()
+
+
+def random_signs(size: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(2, (size,), generator=generator).double() * 2 - 1
+
+
+def gaussian(size: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(size, generator=generator, dtype=torch.float64)
 
 
 # Schedules count steps, on any problem and with any batch: 49 are an epoch of the deep linear MLP (25,000 samples in
@@ -254,15 +288,8 @@ VARIANTS: dict[str, Callable[[float], CoarseSpace]] = {
     "first_step": lambda weight: Scheduled(1, 1, weight),
     "first_epoch": lambda weight: Scheduled(1, MLP_EPOCH_STEPS, weight),
     "after_epoch_5": lambda weight: Scheduled(5 * MLP_EPOCH_STEPS + 1, None, weight),
+    **_of_lengths(),
 }
-
-
-def random_signs(size: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(2, (size,), generator=generator).double() * 2 - 1
-
-
-def gaussian(size: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(size, generator=generator, dtype=torch.float64)
 
 
 def two_level_variant(

@@ -2,14 +2,20 @@
 
 from collections.abc import Hashable, Iterator
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from experiments.figures.study.records import Study
 from experiments.study import variants
+from experiments.study.arms import two
+from experiments.study.lengths import SCHEDULE, PermutedBySeed, schedule, scheduled
 from experiments.study.variants import VARIANTS, Observed, Permuted, RandomBasis, Scheduled, two_level_variant
 from kfac2 import TwoLevelKFAC
 from tests.optim.test_convolution_trajectories import SmallResNet, images, small_steps
@@ -22,6 +28,7 @@ from tests.reference.precision import float64
 from tests.reference.problems import BERNOULLI, GAUSSIAN, Replicated, real_step
 
 STEPS = 10
+RECORDS = Path(__file__).parents[2] / "results" / "study"
 
 
 @pytest.fixture(autouse=True)
@@ -174,6 +181,58 @@ class LiteralScheduled(Literal):
         return (self.preconditioner if first <= self.t <= last else self.blocks) @ nabla
 
 
+class LiteralOfLength(LiteralMatched):
+    """A direction as many times as long as the one-level step as is said for the step; an epoch is one step."""
+
+    def ratio(self) -> float:
+        ratios = pd.read_csv(SCHEDULE)["ratio"].to_numpy(dtype=float)
+        return float(np.exp(np.log(ratios).mean()) if self.constant else ratios[self.t - 1])
+
+    constant = False
+
+    def restriction(self) -> Tensor:
+        return restriction(self.sizes)
+
+    def precondition(self, nabla: Tensor) -> Tensor:
+        own, Z = self.blocks @ nabla, self.restriction()
+        other = Z.T @ self.M @ Z @ nabla
+        return own + other * self.ratio() * own.norm() / other.norm()
+
+    def middle(self) -> Tensor:
+        return self.damped_inverse()
+
+
+class LiteralIdentityOfLength(LiteralOfLength):
+    def middle(self) -> Tensor:
+        return torch.eye(len(self.sizes))
+
+
+class LiteralDiagonalOfLength(LiteralOfLength):
+    def coarse_matrix(self) -> Tensor:
+        return super().coarse_matrix().diagonal().diag()
+
+
+class LiteralPermutedOfLength(LiteralOfLength):
+    def middle(self) -> Tensor:
+        order = torch.randperm(len(self.sizes), generator=torch.Generator().manual_seed(0))
+        P = torch.eye(len(self.sizes))[order]
+        return P @ self.damped_inverse() @ P.T
+
+
+class LiteralBasisOfLength(LiteralOfLength, LiteralBasis):
+    def form_preconditioner(self) -> Tensor:
+        return LiteralOfLength.form_preconditioner(self)
+
+    def restriction(self) -> Tensor:
+        return torch.block_diag(*[row[None] for row in self.rows().values()])
+
+
+OF_LENGTH = {
+    "full": LiteralOfLength,
+    "identity": LiteralIdentityOfLength,
+    "diagonal": LiteralDiagonalOfLength,
+    "permuted": LiteralPermutedOfLength,
+}
 TWINS: dict[str, tuple[type[Literal], dict[str, Any]]] = {
     "full": (Literal, {}),
     "exact": (Literal, {"coarse_fisher": "exact"}),
@@ -193,7 +252,18 @@ TWINS: dict[str, tuple[type[Literal], dict[str, Any]]] = {
     "first_step": (LiteralScheduled, {}),
     "first_epoch": (LiteralScheduled, {}),
     "after_epoch_5": (LiteralScheduled, {}),
+    **{f"{name}_scheduled": (twin, {}) for name, twin in OF_LENGTH.items()},
+    **{
+        f"{name}_constant": (type("Constant", (twin,), {"constant": True}), {})
+        for name, twin in OF_LENGTH.items()
+    },
+    **{
+        f"{basis}{n}_scheduled": (LiteralBasisOfLength, {})
+        for basis in ("signs", "gaussian")
+        for n in ("", "_2", "_3")
+    },
 }
+PERMUTED_BY_SEED = ("permuted_scheduled", "permuted_constant")  # a seed's permutation is that of its place
 
 
 def test_every_variant_has_its_twin() -> None:
@@ -253,7 +323,7 @@ def test_the_authors_off_diagonals_are_as_many_times_too_large_as_a_map_has_posi
     assert_close(theirs, ours * times, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in PERMUTED_BY_SEED])
 def test_a_replica_evolves_as_it_would_alone(name: str) -> None:
     torch.manual_seed(4)
     networks = [BERNOULLI.network(bias=False) for _ in range(2)]
@@ -271,7 +341,16 @@ def test_a_replica_evolves_as_it_would_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["permuted", "diagonal_matched", "first_epoch", "signs", "authors_accumulated"]
+    "name",
+    [
+        "permuted",
+        "diagonal_matched",
+        "first_epoch",
+        "signs",
+        "authors_accumulated",
+        "signs_scheduled",
+        "permuted_constant",
+    ],
 )
 def test_a_resumed_variant_goes_on_bit_identically(name: str) -> None:
     torch.manual_seed(5)
@@ -309,6 +388,28 @@ def test_schedules() -> None:
     spaces = {name: VARIANTS[name](1.0) for name in ("first_step", "first_epoch", "after_epoch_5")}
     limits = {name: (s.first, s.last) for name, s in spaces.items() if isinstance(s, Scheduled)}
     assert limits == {"first_step": (1, 1), "first_epoch": (1, 1), "after_epoch_5": (6, None)}
+
+
+def test_the_schedule_is_the_first_edition_s() -> None:
+    ratios = Study(RECORDS).run(two()).table("coarse_ratio").median(axis=1)
+    assert schedule() == pytest.approx(ratios.tolist(), rel=1e-3)
+    assert (scheduled(1, 49), scheduled(49, 49), scheduled(50, 49)) == (9.774, 9.774, 5.628)
+    assert scheduled(10**6, 49) == schedule()[-1]
+
+
+def test_each_seed_has_a_permutation_of_its_own_which_stays() -> None:
+    space = PermutedBySeed()
+    space.bind([(1, 1)] * 20, 3, torch.device("cpu"))
+    orders = space.permutations()
+    assert [order.sort().values.tolist() for order in orders] == [list(range(20))] * 3
+    assert len({tuple(order.tolist()) for order in orders}) == 3
+    space.refresh(0.1)
+    assert torch.equal(space.permutations(), orders)
+    space.inverse = torch.randn(3, 20, 20)
+    gradient = torch.randn(3, 20)
+    permutations = torch.eye(20)[orders]
+    expected = permutations @ space.inverse @ permutations.mT @ gradient[..., None]
+    assert_close(space.solve(gradient), expected.squeeze(-1))
 
 
 def test_random_bases_are_fixed_and_as_long_as_the_ones() -> None:
