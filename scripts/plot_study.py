@@ -1,13 +1,19 @@
-"""Tables and figures of the study's eight questions from its records, as far as there are records."""
+"""Tables and figures of the study's eight questions, and the second edition's tables, as far as there are records."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from experiments.figures import RecordError, save_figure
+from experiments.figures import NoRecordsError, RecordError, save_figure
+from experiments.figures.study.decision import RULE, controls_markdown, grid_markdown, tuned_markdown
 from experiments.figures.study.outcomes import chosen_by_test_loss, headline_markdown, headline_table
 from experiments.figures.study.questions import QUESTIONS
 from experiments.figures.study.records import Study
+
+DECISIONS: dict[str, tuple[Callable[[Study], str], ...]] = {
+    "1. Equal tuning": (grid_markdown, tuned_markdown),
+    "2. What the matrix does, at lengths it does not choose": (controls_markdown,),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -34,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     tables = arguments.output / "tables.md"
     tables.write_text("\n\n".join(["# The study's tables", *sections]) + "\n", encoding="utf-8")
     print(f"wrote {tables}")
+    decision = arguments.output / "decision.md"
+    decision.write_text(_decisions(Study(arguments.records / "decision")) + "\n", encoding="utf-8")
+    print(f"wrote {decision}")
     if missing:
         raise SystemExit(f"error: not answered: question {', '.join(map(str, missing))}")
 
@@ -43,6 +52,22 @@ def _headlines(study: Study) -> str:
         return f"{headline_markdown(headline_table(study))}\n\n{chosen_by_test_loss(study)}"
     except RecordError as error:
         return f"Not compared: {error}."
+
+
+def _decisions(study: Study) -> str:
+    sections = [
+        "\n\n".join([f"## {title}", *(_or_why_not(part, study) for part in parts)])
+        for title, parts in DECISIONS.items()
+    ]
+    return "\n\n".join(["# The second edition's tables", RULE, *sections])
+
+
+def _or_why_not(part: Callable[[Study], str], study: Study) -> str:
+    try:
+        return part(study)
+    except NoRecordsError as error:
+        print(error)
+        return "Not decided: not all of its trainings are finished."
 
 
 if __name__ == "__main__":

@@ -118,7 +118,9 @@ def sweep(options: Options) -> None:
 
 
 def study(options: Options) -> None:
-    failed = 0 if options.committed else run("scripts/run_study.py", *options.settings)
+    failed = 0
+    for script in () if options.committed else ("scripts/run_study.py", "scripts/run_decision.py"):
+        failed |= run(script, *options.settings)
     records = "results/study" if options.committed else "runs"
     must("scripts/plot_study.py", "--records", records, "--output", f"{root(options)}/study")
     if failed:

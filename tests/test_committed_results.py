@@ -43,7 +43,8 @@ def test_the_winners_recipes_lead_to_their_records(name: str) -> None:
 def test_the_study_s_tables_come_from_the_records(tmp_path: Path) -> None:
     plot_study = runpy.run_path(str(ROOT / "scripts" / "plot_study.py"))["main"]
     plot_study(["--records", str(STUDY), "--output", str(tmp_path)])
-    assert (tmp_path / "tables.md").read_text() == (STUDY / "tables.md").read_text()
+    for name in ("tables.md", "decision.md"):
+        assert (tmp_path / name).read_text() == (STUDY / name).read_text()
     for figure in tmp_path.glob("*.png"):
         assert (STUDY / figure.name).exists()
 

@@ -38,9 +38,13 @@ class Arm:
         return "+".join([self.optimizer, *(f"{key}:{value}" for key, value in self.changes)])
 
     @property
+    def own_seeds(self) -> range:
+        return range(self.first, self.first + self.seeds)
+
+    @property
     def variant(self) -> str:
         """The directory of its record, where all seeds are trained side by side."""
-        seeds = range(self.first, self.first + self.seeds)
+        seeds = self.own_seeds
         own = () if seeds == range(PAPER_SEEDS) else (("seeds", "-".join(map(str, seeds))),)
         return _variant((*self.changes, *own))
 

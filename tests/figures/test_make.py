@@ -186,6 +186,7 @@ def test_the_sweep_goes_on_after_a_failure_and_says_it_at_the_end(
 def test_the_study_is_drawn_after_a_failure_too(reproduce: Reproduce, statuses: dict[str, int]) -> None:
     assert reproduce("study", "tracking=none") == [
         "scripts/run_study.py tracking=none",
+        "scripts/run_decision.py tracking=none",
         "scripts/plot_study.py --records runs --output runs/study",
     ]
     statuses |= {"run_study": 1, "plot_study": 2}

@@ -104,7 +104,10 @@ def test_all_questions_are_answered(records: Path, tmp_path: Path) -> None:
     assert [f"## {number}. {q.title}" in text for number, q in enumerate(QUESTIONS, start=1)] == [True] * 8
     assert text.count("\n## ") == 1 + len(QUESTIONS)
     names = {path.name for path in tmp_path.iterdir()}
-    assert {f"{q.name}.{kind}" for q in QUESTIONS for kind in ("png", "pdf")} | {"tables.md"} == names
+    assert {f"{q.name}.{kind}" for q in QUESTIONS for kind in ("png", "pdf")} | {
+        "tables.md",
+        "decision.md",
+    } == names
 
 
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.name)

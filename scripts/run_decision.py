@@ -1,0 +1,51 @@
+"""Train what is missing of the arms that the verdict is decided by (results/study/rules.md), on all cores.
+
+Further arguments are Hydra's: python scripts/run_decision.py tracking=none
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from joblib import Parallel, cpu_count, delayed
+
+from experiments.figures.study.decision import finalists
+from experiments.figures.study.records import Study
+from experiments.study.decision import CONTROLS, GRID, Arm
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = "runs/decision"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = list(sys.argv[1:] if argv is None else argv)
+    train([*CONTROLS.values(), *(arm for arms in GRID.values() for arm in arms.values())], settings)
+    train(finalists(Study(ROOT / RUNS)).values(), settings)
+
+
+def train(arms: Iterable[Arm], settings: Sequence[str]) -> None:
+    """Each arm once, as many at a time as there are cores; exits with 1 if one fails, when the others are done."""
+    wanted = list(dict.fromkeys(arms))
+    statuses = Parallel(n_jobs=cpu_count(), prefer="threads")(
+        delayed(_status)(command(arm, settings)) for arm in wanted
+    )
+    failed = [arm.name for arm, status in zip(wanted, statuses, strict=True) if status]
+    if failed:
+        raise SystemExit(f"failed, the others are done: {'; '.join(failed)}")
+
+
+def command(arm: Arm, settings: Sequence[str]) -> list[str]:
+    """``experiments.train`` of one arm, all its seeds side by side."""
+    own = [f"{key}={value}" for key, value in arm.settings.items()]
+    seeds = ",".join(map(str, arm.own_seeds))
+    where = [f"problem={arm.problem}", f"optimizer={arm.optimizer}", f"seeds=[{seeds}]", f"runs={RUNS}"]
+    return [sys.executable, "-m", "experiments.train", *where, *own, *settings]
+
+
+def _status(arguments: list[str]) -> int:
+    return subprocess.run(arguments, cwd=ROOT, check=False).returncode
+
+
+if __name__ == "__main__":
+    main()

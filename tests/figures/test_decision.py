@@ -1,0 +1,133 @@
+"""The words and the choice of the rules, on runs whose outcomes are known."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from experiments.figures.study import decision
+from experiments.figures.study.decision import (
+    chosen,
+    controls_markdown,
+    finalists,
+    grid_markdown,
+    tuned_markdown,
+)
+from experiments.figures.study.words import compared, holm, together, word
+from experiments.records import NoRecordsError, Run
+from experiments.study.arms import Arm
+from experiments.study.decision import CONTROLS, GRID, SELECTION, TEST, arm
+from tests.figures.conftest import run_of
+
+
+def run_with(outcome: float, test_loss: float, seeds: range) -> Run:
+    """Five epochs; outcomes spread a little by seed."""
+    rows = [
+        {
+            "seed": seed,
+            "epoch": epoch,
+            "train_loss": 1.0,
+            "test_loss": test_loss * (1 + 0.001 * math.sin(seed * outcome)),
+            "full_batch_loss": outcome * (1 + 0.001 * math.sin(seed / outcome)) if epoch == 5 else math.nan,
+        }
+        for seed in seeds
+        for epoch in range(1, 6)
+    ]
+    return run_of(pd.DataFrame(rows).assign(seconds=1.0))
+
+
+class Trained:
+    """Each arm's outcome by the settings."""
+
+    def __init__(self, runs: Mapping[Arm, Run]):
+        self.runs = runs
+
+    def run(self, wanted: Arm) -> Run:
+        if wanted not in self.runs:
+            raise NoRecordsError("not there")
+        return self.runs[wanted]
+
+    def arms(self, arms: Mapping[Any, Arm]) -> dict[Any, Run]:
+        return {name: self.run(each) for name, each in arms.items()}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "p", "expected"),
+    [
+        (0.5, 0.96, 0.0, "ahead"),
+        (0.955, 0.969, 0.0, "ahead"),
+        (0.955, 0.969, 0.06, "equal"),
+        (0.5, 0.96, 0.06, "undecided"),
+        (0.96, 1.04, 0.0, "equal"),
+        (0.94, 1.04, 0.0, "undecided"),
+        (1.04, 1.2, 0.0, "behind"),
+        (1.04, 1.2, 0.06, "undecided"),
+        (math.nan, math.nan, math.nan, "undecided"),
+    ],
+)
+def test_words(low: float, high: float, p: float, expected: str) -> None:
+    assert word(low, high, p) == expected
+
+
+def test_holm() -> None:
+    """0.01·3, 0.02·2 and 0.5; no smaller one after a larger one."""
+    assert holm([0.02, 0.5, 0.01]) == pytest.approx([0.04, 0.5, 0.03])
+    assert holm([0.03, 0.04]) == pytest.approx([0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    adjusted = holm([0.01, math.nan, 0.5])
+    assert (adjusted[0], adjusted[2]) == pytest.approx((0.02, 0.5))
+    assert math.isnan(adjusted[1])
+
+
+def test_a_comparison_is_of_the_pairs_that_are_there() -> None:
+    first, second = pd.Series([1.0, 1.1, math.nan, 1.3]), pd.Series([2.0, 2.1, 2.2, 2.7])
+    pair = compared(first, second)
+    assert (pair["seeds"], pair["left_out"], pair["below"], pair["word"]) == (3, 1, 3, "ahead")
+    assert pair["p"] < 0.01
+    several = together([pair, pair])
+    assert [each["p"] for each in several] == pytest.approx([2 * pair["p"]] * 2)
+
+
+def test_each_outcome_chooses_its_own_settings_and_other_seeds_compare_them() -> None:
+    best, also = (1e-4, 1e-3, 0.9), (1e-6, 3e-3, 0.0)
+    runs = {
+        each: run_with(0.1 if setting == best else 0.2, 0.1 if setting == also else 0.2, SELECTION)
+        for arms in GRID.values()
+        for setting, each in arms.items()
+    }
+    ends = {
+        ("one level", best): 0.2,
+        ("two levels", best): 0.1,
+        ("one level", also): 0.4,
+        ("two levels", also): 0.4,
+    }
+    runs |= {arm(level, setting, TEST): run_with(end, end, TEST) for (level, setting), end in ends.items()}
+    study: Any = Trained(runs)
+    for level in GRID:
+        assert chosen(study, level, "full-batch training loss") == best
+        assert chosen(study, level, "test loss") == also
+    assert set(finalists(study).values()) <= set(runs)
+    assert all(each.own_seeds == range(5, 20) for each in finalists(study).values())
+    lines = tuned_markdown(study).splitlines()[2:]
+    assert ["ahead" in line for line in lines] == [True, True, False] + [False] * 3
+    assert "0.500 [0.500, 0.500]" in lines[0] or "0.500 [0.499, 0.500]" in lines[0]
+    assert "λ 0.0001, η 0.001, μ 0.9" in lines[0]
+    assert "0.1000" in grid_markdown(study)
+    runs.pop(GRID["one level"][best])
+    with pytest.raises(NoRecordsError):
+        finalists(study)
+
+
+def test_a_control_is_compared_with_the_full_direction_at_its_kind_of_length() -> None:
+    runs = {
+        each: run_with(0.1 if "constant" in name else 0.2, 0.3, range(10)) for name, each in CONTROLS.items()
+    }
+    text = controls_markdown(Trained(runs))  # pyright: ignore[reportArgumentType]
+    scheduled = text.split("against full, scheduled")[1].split("against full, constant")[0]
+    assert "identity, scheduled" in scheduled
+    assert "identity, constant" not in scheduled
+    one_level = text.split("against one level")[1].split("against full, scheduled")[0]
+    assert "identity, constant" in one_level
+    assert decision.OUTCOMES.keys() >= {"full-batch training loss", "test loss"}
