@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kfac2.curvature.coarse import CoarseSpace
-    from kfac2.optim.kfac import KFAC, TwoLevelKFAC
+    from kfac2.optim.kfac import KFAC
     from kfac2.optim.layers import register_layer
+    from kfac2.optim.two_level import TwoLevelKFAC
 
 _HOMES = {
     "KFAC": "kfac2.optim.kfac",
     "CoarseSpace": "kfac2.curvature.coarse",
-    "TwoLevelKFAC": "kfac2.optim.kfac",
+    "TwoLevelKFAC": "kfac2.optim.two_level",
     "register_layer": "kfac2.optim.layers",
 }
 __all__ = ["KFAC", "CoarseSpace", "TwoLevelKFAC", "register_layer"]

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from experiments.study.lengths import PermutedBySeed, constant, of_length, prolonged_norm, scheduled
 from kfac2.curvature import CoarseSpace
-from kfac2.curvature.coarse import Blocks, Maps
+from kfac2.curvature.coarse import Blocks
+from kfac2.curvature.grams import Maps
 from kfac2.curvature.grids import pair_grid
-from kfac2.optim.kfac import TwoLevelKFAC
+from kfac2.optim.two_level import TwoLevelKFAC
 
 
 class Diagonal(CoarseSpace):

@@ -1,7 +1,6 @@
 """The coarse space of two-level K-FAC: one degree of freedom per layer (eq. 5-7, Algorithm 1)."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import combinations_with_replacement
 from math import prod, sqrt
 from typing import Any, NamedTuple
 
@@ -9,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kfac2.curvature.averages import finite_matrices, matrices, running_average
-from kfac2.curvature.grids import RESAMPLINGS, Grid, common_grid, pair_grid, resample
+from kfac2.curvature.grams import Maps, add_gram, averaged, on_common_grid, positions, sizes, sums_of_products
+from kfac2.curvature.grids import RESAMPLINGS
 from kfac2.curvature.inverses import eigh_or_nan
 
 COARSE_FISHERS = ("kronecker", "exact")
@@ -21,8 +21,6 @@ LARGEST_PART = 2**20
 
 Blocks = Iterable[tuple[Tensor, Tensor]]
 """Layers of one shape: their positions in the coarse space ``(n,)`` and a tensor ``(n, R, d_out, d_in)``."""
-Maps = dict[int, tuple[Tensor, Tensor]]
-"""By a layer's position: α and γ of each sample and position, ``(R, B, *positions)``."""
 
 
 class CoarseSample(NamedTuple):
@@ -147,7 +145,7 @@ class CoarseSpace:
         if not maps:
             return
         sums = torch.zeros_like(self.grams)
-        samples, numbers = _sizes(maps)
+        samples, numbers = sizes(maps)
         at_once = max(1, LARGEST_PART // numbers)
         if samples <= at_once:  # hundreds of layers' slices cost as much as what is computed from them
             self._add(sums, maps)
@@ -168,11 +166,7 @@ class CoarseSpace:
 
     def _add(self, sums: Tensor, maps: Maps) -> None:
         for total, (features, scales) in zip(sums, self.features(maps), strict=True):
-            for (rows, left), (columns, right) in combinations_with_replacement(_by_grid(features), 2):
-                gram = scales[rows, None] * scales[columns] * self._gram(left, right)
-                total[:, rows[:, None], columns] += gram
-                if left is not right:
-                    total[:, columns[:, None], rows] += gram.mT
+            add_gram(total, features, scales, self.resample)
 
     def features(self, maps: Maps) -> Iterator[tuple[dict[int, Tensor], Tensor]]:
         """For each Gram: what is averaged pair by pair (α and γ, or p), and each layer's scale ``(L,)``."""
@@ -180,33 +174,21 @@ class CoarseSpace:
             yield from self.exact_features(maps)
             return
         ones = self.grams.new_ones(self.grams.shape[-1])
-        maps = {i: _averaged(*pair) if i in self.averaged else pair for i, pair in maps.items()}
+        maps = {i: averaged(*pair) if i in self.averaged else pair for i, pair in maps.items()}
         yield self._on_grid({i: alpha for i, (alpha, _) in maps.items()}), ones
         gammas = {i: gamma for i, (_, gamma) in maps.items()}
-        scales = [sqrt(prod(_positions(gammas[i]))) if i in gammas else 1.0 for i in range(len(ones))]
+        scales = [sqrt(prod(positions(gammas[i]))) if i in gammas else 1.0 for i in range(len(ones))]
         yield self._on_grid(gammas), ones.new_tensor(scales)
 
     def exact_features(self, maps: Maps) -> Iterator[tuple[dict[int, Tensor], Tensor]]:
         """p of each layer and sample, without a scale."""
         yield (
-            {i: _sums_of_products(*pair) for i, pair in maps.items()},
+            {i: sums_of_products(*pair) for i, pair in maps.items()},
             self.grams.new_ones(self.grams.shape[-1]),
         )
 
     def _on_grid(self, features: dict[int, Tensor]) -> dict[int, Tensor]:
-        if self.grid == "pairwise":
-            return features
-        grid = common_grid(_positions(x) for x in features.values())
-        return {
-            i: x if prod(_positions(x)) == 1 else resample(x[:, None], grid, self.resample)[:, 0]
-            for i, x in features.items()
-        }
-
-    def _gram(self, left: Tensor, right: Tensor) -> Tensor:
-        """Sum over the batch, mean over positions: ``(R, n, m)``, float64."""
-        grid = pair_grid(left.shape[3:], right.shape[3:])
-        one, other = (resample(x, grid, self.resample).flatten(2).double() for x in (left, right))
-        return one @ other.mT / prod(grid)
+        return features if self.grid == "pairwise" else on_common_grid(features, self.resample)
 
     def fold(self, decay: float) -> Tensor:
         """Take the sample into the running averages; returns ``(R,)``, how many batches were not finite.
@@ -311,39 +293,3 @@ class CoarseSpace:
     def discard_sample(self) -> None:
         """Forget what was accumulated since the last ``fold``."""
         self.sample = None
-
-
-def _positions(x: Tensor) -> Grid:
-    return tuple(x.shape[2:])
-
-
-def _by_grid(features: dict[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Layers of one resolution side by side: their positions ``(n,)`` and maps ``(R, n, B, *positions)``."""
-    members: dict[Grid, list[int]] = {}
-    for i, x in features.items():
-        members.setdefault(_positions(x), []).append(i)
-    return [
-        (
-            torch.tensor(index, device=features[index[0]].device),
-            torch.stack([features[i] for i in index], dim=1),
-        )
-        for index in members.values()
-    ]
-
-
-def _averaged(alpha: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean of α and the sum of γ over positions, ``(R, B)``."""
-    rows = (*alpha.shape[:2], -1)
-    return alpha.reshape(rows).mean(-1), gamma.reshape(rows).sum(-1)
-
-
-def _sums_of_products(alpha: Tensor, gamma: Tensor) -> Tensor:
-    """p, float64, ``(R, B)``."""
-    return (alpha.double() * gamma.double()).reshape(*alpha.shape[:2], -1).sum(-1)
-
-
-def _sizes(maps: Maps) -> tuple[int, int]:
-    """The number of samples, and how many numbers one sample's α (or γ) are in all layers."""
-    alphas = [alpha for alpha, _ in maps.values()]
-    samples = alphas[0].shape[1]
-    return samples, sum(alpha.numel() for alpha in alphas) // samples

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from kfac2.curvature import CoarseSpace
-from kfac2.curvature.coarse import CoarseSample, Maps
+from kfac2.curvature.coarse import CoarseSample
+from kfac2.curvature.grams import Maps
 from kfac2.optim.layers import Layer, Moments, Totals
 from kfac2.optim.samples import batch_axis, joined_maps, reduced_moments, samples_first
 from kfac2.optim.stacks import StackSample

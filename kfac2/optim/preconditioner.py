@@ -1,7 +1,7 @@
 """What K-FAC remembers of the curvature, and how it turns gradients into updates."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from kfac2.curvature import CoarseSpace, kl_clip_factor, ratio_factor
+from kfac2.curvature import CoarseSpace, kl_clip_factor
 from kfac2.curvature.averages import decay_at, matrices
+from kfac2.optim.allocation import Allocation
+from kfac2.optim.correction import Blocks, coarse_corrections
 from kfac2.optim.distributed import Flags, Processes
+from kfac2.optim.failures import Failures
 from kfac2.optim.layers import Layer
-from kfac2.optim.memory import diagonal_notes, layer_bytes, warn_of_little_memory
+from kfac2.optim.memory import diagonal_notes
 from kfac2.optim.observation import Batch, Observation, Observations
-from kfac2.optim.stacks import LayerStack, blocks_for, make_stacks, regrouped
-
-Blocks = list[Tensor]
-"""One tensor ``(n, R, d_out, d_in)`` per stack of layers."""
+from kfac2.optim.stacks import LayerStack, regrouped
 
 
 class Preconditioner:
@@ -42,9 +42,6 @@ class Preconditioner:
         self.layers, self.factor_decay, self.coarse = layers, factor_decay, coarse
         self.processes = processes
         self.replicas, self.replicated = layers[0].replicas, layers[0].replicated
-        self._inverse = inverse
-        self._group_of = {p: k for k, group in enumerate(param_groups) for p in group["params"]}
-        self.stacks: list[LayerStack] = []
         if coarse is not None:
             shapes = [layer.matrix_shape for layer in layers]
             coarse.bind(shapes, self.replicas, layers[0].weight.device)
@@ -52,47 +49,35 @@ class Preconditioner:
         self.iteration = 0
         self.ready = [False] * len(layers)
         self.plain: dict[int, str] = {}
+        group_of = {p: k for k, group in enumerate(param_groups) for p in group["params"]}
+        self.allocation = Allocation(layers, self.plain, group_of, inverse)
         self.diverged = torch.zeros(self.replicas, dtype=torch.bool)
-        self.failures = {
-            name: torch.zeros(self.replicas, dtype=torch.int64)
-            for name in ("rejected_samples", "failed_inverses")
-        }
+        self.failures = Failures(layers)
         self.diagnostics: dict[str, Tensor] = {}
-        self._warned: set[str] = set()
         outside = {i: layer.outside_coarse for i, layer in enumerate(layers) if coarse is not None}
         self.outside_coarse = {i: why for i, why in outside.items() if why is not None}
         """Layers that the coarse space has to do without, and why."""
+        self._told_outside = False
         self._observations = Observations()
         self._batch: Batch | None = None
+
+    @property
+    def stacks(self) -> list[LayerStack]:
+        return self.allocation.stacks
 
     def has_trainable_layer(self) -> bool:
         return any(layer.weight.requires_grad for i, layer in enumerate(self.layers) if i not in self.plain)
 
-    def unseen_layers(self) -> list[int]:
-        """After the first refresh of the factors, the layers that none has seen though they could be."""
-        attempted = {
-            i
-            for stack in self.stacks
-            for i, seen in zip(stack.positions, stack.blocks.attempted.tolist(), strict=True)
-            if seen
-        }
-        return sorted(self._trainable() - attempted) if attempted else []
-
     def memory(self) -> int:
         """Bytes of the factors, their inverses and the coarse matrices, allocated or to be allocated."""
         coarse = {} if self.coarse is None else self.coarse.state_dict()
-        layers = [self.layers[i] for i in self._allocated() | self._trainable()]
-        own = sum(layer_bytes(layer, self._inverse) for layer in layers)
-        return own + sum(x.nbytes for x in coarse.values() if isinstance(x, Tensor))
+        return self.allocation.bytes() + sum(x.nbytes for x in coarse.values() if isinstance(x, Tensor))
 
     def allocate(self, observed: Iterable[int] = ()) -> None:
         """Make room for the layers ``observed`` or trainable that have none yet."""
-        old, allocated = self.stacks, self._allocated()
-        missing = self._trainable().union(observed) - allocated
-        if not missing:
-            return
-        self._make_stacks(allocated | missing, self._states())
-        self._observations.regroup(partial(regrouped, old=old, new=self.stacks))
+        old = self.stacks
+        if self.allocation.grow(observed):
+            self._observations.regroup(partial(regrouped, old=old, new=self.stacks))
 
     def notes(self) -> dict[int, list[str]]:
         """What is special about layers, by position."""
@@ -100,23 +85,6 @@ class Preconditioner:
         for i, why in self.outside_coarse.items():
             notes[i].append(f"outside the coarse space: {why}")
         return notes
-
-    def _trainable(self) -> set[int]:
-        return {i for i, layer in enumerate(self.layers) if layer.weight.requires_grad} - self.plain.keys()
-
-    def _allocated(self) -> set[int]:
-        return {i for stack in self.stacks for i in stack.positions}
-
-    def _make_stacks(self, chosen: Iterable[int], states: Mapping[str, dict[str, Any]]) -> None:
-        """Stacks of the ``chosen`` layers, which go on from their ``states``, if they have one."""
-        chosen = sorted(chosen)
-        new = set(chosen) - self._allocated()
-        warn_of_little_memory([self.layers[i] for i in chosen if i in new], self._inverse)
-        self.stacks = make_stacks(self.layers, chosen, self._group_of, self._inverse)
-        for stack in self.stacks:
-            own = [states.get(layer.name, {}) for layer in stack.layers]
-            if any(own):
-                stack.blocks.load([state or stack.blocks.state(k) for k, state in enumerate(own)])
 
     def relocate(self) -> None:
         """Follow the layers to the types and devices they have now; a sample under way is forgotten.
@@ -204,7 +172,7 @@ class Preconditioner:
         if self.coarse is not None:
             self.coarse.sample = observed.coarse
             rejected.append(self.coarse.fold(decay))
-        self._count("rejected_samples", rejected)
+        self.failures.count("rejected_samples", rejected, self.stacks, self.iteration + 1)
 
     def _of_all_processes(self) -> tuple[Observation, bool]:
         """The sum of what they have observed, and whether one has observed nothing at all."""
@@ -242,18 +210,19 @@ class Preconditioner:
             unseen.append(~self.coarse.has_inverse())
         elif self.coarse is not None:  # no layer in it: no correction
             self.coarse.inverse = torch.zeros_like(self.coarse.inverse)
-        self._count("failed_inverses", failed)
-        if not self.replicated and self._per_replica(unseen).any():
+        failures, t = self.failures, self.iteration + 1
+        failures.count("failed_inverses", failed, self.stacks, t)
+        if not self.replicated and failures.per_replica(unseen).any():
             raise RuntimeError(
-                f"iteration {self.iteration + 1}: no finite curvature, now or earlier, of {self._names(unseen)}. "
-                f"{self._why_not_finite()}"
+                f"iteration {t}: no finite curvature, now or earlier, of {failures.names(unseen, self.stacks)}. "
+                f"{failures.why_not_finite()}"
             )
-        if damping == 0 and not self.replicated and self._per_replica(singular).any():
+        if damping == 0 and not self.replicated and failures.per_replica(singular).any():
             raise RuntimeError(
-                f"iteration {self.iteration + 1}: the curvature of {self._names(singular)} is singular, and there is "
+                f"iteration {t}: the curvature of {failures.names(singular, self.stacks)} is singular, and there is "
                 "no earlier inverse: raise damping above zero"
             )
-        self.diverged |= self._per_replica(unseen) > 0
+        self.diverged |= failures.per_replica(unseen) > 0
         for stack in self.stacks:
             for position, index in enumerate(stack.index.tolist()):
                 self.ready[index] = bool(stack.blocks.attempted[position])
@@ -276,22 +245,8 @@ class Preconditioner:
         updates = [stack.precondition(g, active) for stack, g in zip(self.stacks, gradients, strict=True)]
         if self.coarse is None or not updates:
             return updates
-        blocks = [(stack.index, g) for stack, g in zip(self.stacks, gradients, strict=True)]
-        coefficients = self.coarse.solve(self.coarse.restrict(blocks))
-        corrections = [
-            stack.masked(correction, active)
-            for stack, correction in zip(self.stacks, self.coarse.prolong(coefficients, blocks), strict=True)
-        ]
-        own, norm = _squared_norm(corrections, like=updates), _squared_norm(updates, like=updates)
-        ratio = torch.where(own == 0, own, own / norm).sqrt()
-        if self.coarse.max_ratio is not None:
-            factor = matrices(ratio_factor(ratio, self.coarse.max_ratio))
-            corrections = [correction * factor for correction in corrections]
-            ratio = ratio.clamp(max=self.coarse.max_ratio)
-        self.diagnostics["coarse_ratio"] = ratio
-        negative = self.coarse.negative_eigenvalues
-        self.diagnostics["coarse_indefinite"] = (negative > 0).to(own.dtype)
-        self.diagnostics["coarse_negative"] = negative.to(own.dtype)
+        corrections, diagnostics = coarse_corrections(self.coarse, self.stacks, updates, gradients, active)
+        self.diagnostics |= diagnostics
         return [u + c for u, c in zip(updates, corrections, strict=True)]
 
     def clip(self, updates: Blocks, gradients: Blocks, lrs: Sequence[float], kl_clip: float | None) -> None:
@@ -319,49 +274,29 @@ class Preconditioner:
     # -- state --------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        states = self._states()
         return {
             "iteration": self.iteration,
-            "layers": {layer.name: states.get(layer.name) or self._nothing(layer) for layer in self.layers},
+            "layers": self.allocation.state_dict(),
             "ready": list(self.ready),
             "plain": {self.layers[i].name: reason for i, reason in self.plain.items()},
             "coarse": None if self.coarse is None else self.coarse.state_dict(),
             "diverged": self.diverged.clone(),
-            **{name: count.clone() for name, count in self.failures.items()},
+            **{kind: count.clone() for kind, count in self.failures.counts.items()},
         }
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ``ValueError`` where the state is another model's or another kind of optimizer's."""
-        names, saved = {layer.name for layer in self.layers}, set(state["layers"])
-        if names != saved:
-            differing = ", ".join(sorted(names ^ saved))
-            raise ValueError(f"the state was saved with other layers; they differ in: {differing}")
+        self.allocation.check_state_dict(state["layers"])
         if (self.coarse is None) != (state["coarse"] is None):
             raise ValueError("one of the state and the optimizer has a coarse space, the other has none")
         if self.coarse is not None:
             self.coarse.check_state_dict(state["coarse"])
-        for layer in self.layers:
-            own = state["layers"][layer.name]
-            if _is_allocated(own):
-                blocks_for(layer, 1, "meta", self._inverse).check_state(layer.name, own)
-            elif own != self._nothing(layer):
-                raise ValueError(
-                    f"layer {layer.name!r} was saved with another shape or another `inverse`: "
-                    f"{own}, not {self._nothing(layer)}"
-                )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a checked state."""
         if self.coarse is not None:
             self.coarse.load_state_dict(state["coarse"])
-        states = {name: own for name, own in state["layers"].items() if _is_allocated(own)}
-        # An older state has room for frozen layers too, which have never been observed.
-        at_work = [
-            i
-            for i, layer in enumerate(self.layers)
-            if layer.name in states and (layer.weight.requires_grad or states[layer.name]["attempted"])
-        ]
-        self._make_stacks(at_work, states)
+        self.allocation.load_state_dict(state["layers"])
         self.iteration, self.ready = state["iteration"], list(state["ready"])
         saved = state.get("plain", {})
         self.plain.clear()
@@ -369,29 +304,15 @@ class Preconditioner:
             {i: saved[layer.name] for i, layer in enumerate(self.layers) if layer.name in saved}
         )
         self.diverged = state["diverged"].cpu().clone()
-        for name, count in self.failures.items():
-            # An older state has one number for all replicas: any of them may be concerned.
-            self.failures[name] = torch.zeros_like(count) + torch.as_tensor(state[name]).cpu()
+        self.failures.load(state)
         self.discard_sample()
-
-    def _states(self) -> dict[str, dict[str, Any]]:
-        """What is remembered of the layers in ``stacks``, by name."""
-        return {
-            layer.name: stack.blocks.state(k) for stack in self.stacks for k, layer in enumerate(stack.layers)
-        }
-
-    def _nothing(self, layer: Layer) -> dict[str, Any]:
-        """The state of a layer that takes no memory yet: enough to refuse another model's."""
-        return {"shape": list(layer.matrix_shape), "inverse": self._inverse}
-
-    # -- small helpers ------------------------------------------------------------------------------
 
     def _note_outside(self, inside: Iterable[int], left_out: dict[int, str]) -> None:
         news = left_out.keys() - self.outside_coarse.keys()
         self.outside_coarse = {i: why for i, why in self.outside_coarse.items() if i not in inside} | left_out
-        if not news or "outside" in self._warned:
+        if not news or self._told_outside:
             return
-        self._warned.add("outside")
+        self._told_outside = True
         lines = "; ".join(f"{self.layers[i].name}: {why}" for i, why in sorted(left_out.items()))
         warnings.warn(
             f"no coarse correction for {len(left_out)} of {len(self.layers)} layers, whose samples are "
@@ -399,63 +320,3 @@ class Preconditioner:
             RuntimeWarning,
             stacklevel=4,
         )
-
-    def _count(self, failure: str, bad: Blocks) -> None:
-        """Add to ``failures``; the first of a kind is a warning that names what is concerned and a remedy."""
-        numbers = self._per_replica(bad)
-        self.failures[failure] = self.failures[failure] + numbers
-        if not numbers.any() or failure in self._warned:
-            return
-        self._warned.add(failure)
-        if failure == "rejected_samples":
-            what, remedy = "curvature samples were not finite", self._why_not_finite()
-            instead = "what was there before stays in use"
-        else:
-            what = "inverses could not be computed, although the statistics are finite"
-            instead = "the earlier ones stay in use, and a layer without one takes plain steps"
-            remedy = "Raise damping, or leave the layers to plain SGD with exclude=[...]"
-        warnings.warn(
-            f"iteration {self.iteration + 1}: {int(numbers.sum())} {what} ({self._names(bad)}); {instead}. {remedy}. "
-            f"Counted in {failure} from now on, without another warning",
-            RuntimeWarning,
-            stacklevel=5,
-        )
-
-    def _per_replica(self, bad: Blocks) -> Tensor:
-        """How many, ``(R,)``; a layer in row blocks counts once."""
-        if not bad:
-            return torch.zeros(self.replicas, dtype=torch.int64)
-        layers = [torch.atleast_2d(b).unflatten(1, (self.replicas, -1)).amax(-1) for b in bad]
-        return torch.stack([of_stack.sum(0) for of_stack in layers]).sum(0).cpu()
-
-    def _names(self, bad: Blocks, most: int = 5) -> str:
-        """The layers in ``bad``, one ``(n, R)`` per stack and, last, the coarse space's ``(R,)``."""
-        index = [stack.index[b.any(1)] for stack, b in zip(self.stacks, bad, strict=False)]
-        names = [self.layers[i].name for i in torch.cat(index).sort().values.tolist()]
-        listed = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-        parts = [f"layers {listed}"] if names else []
-        if len(bad) > len(self.stacks) and bad[-1].any():
-            parts.append("the coarse matrix")
-        replicas = self._per_replica(bad).nonzero().flatten().tolist()
-        return " and ".join(parts) + (f" in replicas {replicas}" if self.replicated else "")
-
-    def _why_not_finite(self) -> str:
-        if all(p.isfinite().all() for layer in self.layers for p in layer.parameters):
-            return (
-                "The layers' parameters are finite: check the batch and the loss for values that are NaN, infinite "
-                "or too large to be squared"
-            )
-        return "Parameters are not finite themselves: go back to a sound checkpoint, with a lower lr or more damping"
-
-
-def _is_allocated(state: dict[str, Any]) -> bool:
-    return "attempted" in state
-
-
-def _squared_norm(blocks: Blocks, like: Blocks) -> Tensor:
-    """Of ``blocks`` broadcast to the shapes of ``like``, per replica: ``(R,)``."""
-    norms = [
-        block.square().sum((-2, -1)) * (full[0, 0].numel() / block[0, 0].numel())
-        for block, full in zip(blocks, like, strict=True)
-    ]
-    return torch.cat(norms).sum(0)
