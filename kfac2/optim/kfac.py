@@ -209,9 +209,11 @@ class KFAC(PreconditionedSGD):
             return
         if preconditioner.iteration == 0:
             self._loss.warn_of_probabilities(output)
+            self._loss.warn_of_unknown_targets(output, labels, targets, mask)
+        ignoring = self._loss.ignores(output, labels if targets is None else targets, mask)
 
         def visit(index: int, inputs: Tensor, gradients: Tensor, call: int) -> None:
-            preconditioner.observe(index, inputs, gradients, samples, call)
+            preconditioner.observe(index, inputs, gradients, samples, call, ignoring)
 
         with torch.autocast(output.device.type, enabled=False):
             try:

@@ -114,6 +114,23 @@ class Loss(NamedTuple):
                 stacklevel=3,
             )
 
+    def warn_of_unknown_targets(self, output: Tensor, *told: Tensor | None) -> None:
+        """Say that positions may be ignored where nothing is ``told`` of them: labels, targets or mask."""
+        has_positions = self.likelihood.has_classes and output.dim() > self.leading + 1
+        if has_positions and self.ignore_index is not None and all(x is None for x in told):
+            warnings.warn(
+                f"all positions of output count in the curvature. Where labels of {self.ignore_index} are ignored "
+                "(padding, prompts), say so: update_curvature(output, targets=y), or mask=y != "
+                f"{self.ignore_index}; where none are, either silences this",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def ignores(self, output: Tensor, targets: Tensor | None, mask: Tensor | None) -> bool:
+        """Whether some of the output's terms do not count."""
+        counts = self._counts(self._label_shape(output.shape), targets, mask)
+        return counts is not None and not bool(counts.all())
+
     def _class_axis(self, shape: torch.Size) -> int:
         leading = self.leading
         if self.class_dim is None:

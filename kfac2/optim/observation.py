@@ -23,10 +23,15 @@ from kfac2.optim.stacks import StackSample
 
 
 class Batch:
-    """One batch of ``samples`` samples while its layers' calls come in, in any order."""
+    """One batch of ``samples`` samples while its layers' calls come in, in any order.
 
-    def __init__(self, layers: Sequence[Layer], coarse: CoarseSpace | None, samples: int):
-        self.layers, self.coarse, self.samples = layers, coarse, samples
+    ``ignoring``: some of the output's terms do not count in the loss.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], coarse: CoarseSpace | None, samples: int, ignoring: bool = False
+    ):
+        self.layers, self.coarse, self.samples, self.ignoring = layers, coarse, samples, ignoring
         self._moments: dict[int, Moments] = {}
         self._totals: dict[int, list[tuple[int, Totals]]] = {}
         self._maps: dict[int, list[tuple[int, tuple[int, ...], Tensor, Tensor]]] = {}
@@ -39,7 +44,8 @@ class Batch:
         if layer.reduces:
             self._reduce(index, inputs, gradients, call)
         else:
-            moments = layer.moments(inputs, gradients).reduced_to(layer.diagonal)
+            rows = layer.counting_rows(inputs, gradients) if self.ignoring else (inputs, gradients)
+            moments = layer.moments(*rows).reduced_to(layer.diagonal)
             self._moments[index] = moments.plus(self._moments.get(index))
         if self.coarse is not None and layer.outside_coarse is None:
             maps = layer.maps(inputs, gradients, self.coarse.basis(index))

@@ -114,13 +114,22 @@ class Preconditioner:
         """What was observed with the gradients that are gone does not count."""
         self._observations.gradients_zeroed()
 
-    def observe(self, index: int, inputs: Tensor, gradients: Tensor, samples: int, call: int = 0) -> None:
+    def observe(
+        self,
+        index: int,
+        inputs: Tensor,
+        gradients: Tensor,
+        samples: int,
+        call: int = 0,
+        ignoring: bool = False,
+    ) -> None:
         """Add one call of a layer, its input and output gradient, to the batch under way.
 
-        Calls of one layer may come in any order if ``call`` grows from one to the next.
+        Calls of one layer may come in any order if ``call`` grows from one to the next. ``ignoring``: some of
+        the output's terms do not count in the loss.
         """
         if self._batch is None:
-            self._batch = Batch(self.layers, self.coarse, samples)
+            self._batch = Batch(self.layers, self.coarse, samples, ignoring)
         self._batch.observe(index, inputs, gradients, call)
 
     def end_batch(self, nodes: Iterable[Node] = ()) -> None:

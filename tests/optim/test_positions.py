@@ -1,5 +1,6 @@
 """Outputs with positions: tokens and pixels, of which some may not count."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +50,13 @@ def test_one_level_on_tokens_or_pixels_is_one_level_on_their_rows() -> None:
     loop.assert_close(pixels, rows)
 
 
-def test_positions_that_do_not_count_leave_the_output_factors_alone() -> None:
+def factors_of(optimizer: KFAC) -> list[Tensor]:
+    return [
+        factor for stack in optimizer.preconditioner.stacks for factor in (stack.blocks.g, stack.blocks.a)
+    ]
+
+
+def test_positions_that_do_not_count_leave_the_factors_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     data = torch.randn(4, 6, INPUTS, generator=generator).double()
     mask = torch.rand(4, 6, generator=generator) < 0.6
@@ -63,7 +70,7 @@ def test_positions_that_do_not_count_leave_the_output_factors_alone() -> None:
         optimizer.update_curvature(output, labels=labels, mask=counts)
         output.sum().backward()
         optimizer.step()
-        factors.append([stack.blocks.g for stack in optimizer.preconditioner.stacks])
+        factors.append(factors_of(optimizer))
     for other in factors[1:]:
         assert_close(other, factors[0], rtol=1e-12, atol=1e-14)
 
@@ -109,6 +116,41 @@ def next_words() -> tuple[Tensor, Tensor]:
     lengths = torch.arange(8)[:, None] % 4 + 5
     targets = tokens[:, 1:].masked_fill(torch.arange(8) >= lengths, -100)
     return tokens[:, :-1], targets
+
+
+def test_padded_sequences_have_the_factors_of_sequences_of_their_own_lengths() -> None:
+    tokens, targets = next_words()
+    lengths = (targets != -100).sum(1).tolist()
+    assert len(set(lengths)) > 1
+    alone = [(x[None, :n], y[None, :n]) for x, y, n in zip(tokens, targets, lengths, strict=True)]
+    factors = []
+    for batches in ([(tokens, targets)], alone):
+        torch.manual_seed(0)
+        model, criterion = LanguageModel().double(), nn.CrossEntropyLoss(reduction="sum")
+        optimizer = build(KFAC, model, likelihood=criterion, class_dim=-1, factor_dtype=torch.float64)
+        for x, y in batches:
+            output = model(x)
+            optimizer.update_curvature(output, labels=y)
+            criterion(output.flatten(0, 1), y.flatten()).backward()
+        optimizer.step()
+        factors.append(factors_of(optimizer))
+    # Batches that add up are those of the mean of their losses, here of sums.
+    factors[1][::2] = [len(alone) * g for g in factors[1][::2]]
+    assert_close(*factors, rtol=1e-12, atol=1e-14)
+
+
+def test_whoever_says_nothing_of_ignored_positions_is_told_once() -> None:
+    (x, y), model = next_words(), LanguageModel()
+    for told in ({"targets": y}, {"labels": y}, {"mask": y != -100}):
+        with warnings.catch_warnings(action="error"):
+            build(KFAC, model, class_dim=-1).update_curvature(model(x), **told)
+    optimizer = build(KFAC, model, class_dim=-1, factor_interval=1)
+    with pytest.warns(RuntimeWarning, match="labels of -100 are ignored.*targets=y.*mask="):
+        optimizer.update_curvature(model(x))
+    with warnings.catch_warnings(action="error"):
+        model(x).sum().backward()
+        optimizer.step()
+        optimizer.update_curvature(model(x))
 
 
 def brightest_channel() -> tuple[Tensor, Tensor]:

@@ -48,6 +48,12 @@ class Totals(NamedTuple):
     """Of one sample."""
 
 
+def rows_with_gradient(rows: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """Of ``rows`` ``(N, ...)`` and their ``gradients`` ``(N, d)`` those that have one; all if none has."""
+    counts = gradients.any(-1)
+    return (rows[counts], gradients[counts]) if counts.any() else (rows, gradients)
+
+
 class Layer:
     """What all adapters share; ``inputs`` and ``gradients`` are the module's own tensors.
 
@@ -145,6 +151,13 @@ class Layer:
     def moments(self, inputs: Tensor, gradients: Tensor) -> Moments:
         """A call's contribution to the Kronecker factors."""
         raise NotImplementedError
+
+    def counting_rows(self, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """A call without the rows whose output gradient is zero; the whole of it where rows overlap or share sizes.
+
+        The block is a sum of ``a aᵀ ⊗ g gᵀ``, to which they add nothing, whatever their ``a`` is.
+        """
+        return inputs, gradients
 
     def totals(self, inputs: Tensor, gradients: Tensor, axis: int) -> Totals:
         """A call's sums over all axes but ``axis``."""

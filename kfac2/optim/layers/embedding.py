@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac2.curvature.diagonal import second_moment
-from kfac2.optim.layers.base import Basis, Layer, Moments, Totals
+from kfac2.optim.layers.base import Basis, Layer, Moments, Totals, rows_with_gradient
 
 
 class EmbeddingLayer(Layer):
@@ -56,6 +56,9 @@ class EmbeddingLayer(Layer):
             second_moment(columns, self.diagonal[0]),
             inputs.numel(),
         )
+
+    def counting_rows(self, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return rows_with_gradient(inputs.flatten(), gradients.flatten(0, -2))
 
     def totals(self, inputs: Tensor, gradients: Tensor, axis: int) -> Totals:
         rows = inputs.movedim(axis, 0).flatten(1)

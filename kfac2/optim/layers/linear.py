@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from kfac2.curvature.diagonal import second_moment
-from kfac2.optim.layers.base import Basis, Layer, Moments, Totals
+from kfac2.optim.layers.base import Basis, Layer, Moments, Totals, rows_with_gradient
 
 ATTENTION = (
     "nn.MultiheadAttention multiplies with its weights inside one function, where no call is seen: use nn.Linear "
@@ -38,6 +38,9 @@ class LinearLayer(Layer):
         a, g = self._input_columns(inputs), self.columns(gradients)
         only_g, only_a = self.diagonal
         return Moments(second_moment(a, only_a), second_moment(g, only_g), a.shape[-1])
+
+    def counting_rows(self, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return rows_with_gradient(inputs.flatten(0, -2), gradients.flatten(0, -2))
 
     def totals(self, inputs: Tensor, gradients: Tensor, axis: int) -> Totals:
         axes = self.axes(inputs)
@@ -73,6 +76,9 @@ class ReplicatedLinearLayer(LinearLayer):
 
     def axes(self, inputs: Tensor) -> tuple[int, ...]:
         return (inputs.shape[-1],)
+
+    def counting_rows(self, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return inputs, gradients  # their number would be each replica's own
 
 
 class TransposedLinearLayer(LinearLayer):
