@@ -106,7 +106,7 @@ def add_legend(axes: Axes, title: str, columns: int) -> None:
 def _draw(axes: Axes, runs: Runs, metric: str, x: str, styles: Styles | None, *, log: bool) -> None:
     looks = styles or optimizer_styles(runs)
     differing = len({len(run.seeds) for run in runs.values()}) > 1
-    tables = []
+    tables, bands = [], []
     noted = False
     for name, style in looks.items():
         if name not in runs:
@@ -122,14 +122,17 @@ def _draw(axes: Axes, runs: Runs, metric: str, x: str, styles: Styles | None, *,
         band = (interval["low"], interval["high"])
         axes.fill_between(position, *band, color=style.color, alpha=0.2, linewidth=0)
         tables.append(table)
+        bands.append(interval[["low", "high"]])
     if log:
         plain_log(axes, "y")
     axes.margins(x=0)
     axes.set_xlim(left=0)
-    axes.set_ylim(_limits(tables, log=log))
+    limits = _limits(tables, log=log)
+    axes.set_ylim(limits)
     axes.set_ylabel(METRIC_LABELS.get(metric, metric))
     mean = "geometric mean" if log else "mean"
-    add_legend(axes, f"{mean} and 95% interval, {seed_counts(runs)}", columns=1 if noted else 2)
+    said = f"{mean} and 95% interval, {seed_counts(runs)}{_cut(bands, limits)}"
+    add_legend(axes, said, columns=1 if noted else 2)
 
 
 def _range_of_seeds(counts: Collection[int]) -> str:
@@ -157,6 +160,13 @@ def _limits(tables: list[pd.DataFrame], *, log: bool) -> tuple[float, float]:
         return low / 1.3, high * 1.3
     margin = 0.03 * (high - low) or 0.01
     return low - margin, high + margin
+
+
+def _cut(bands: list[pd.DataFrame], limits: tuple[float, float]) -> str:
+    """Intervals reach beyond the seeds that they are of, and the axis shows the seeds."""
+    low, high = limits
+    outside = any(bool(((band < low) | (band > high)).any(axis=None)) for band in bands)
+    return "\n(some intervals go beyond the axis)" if outside else ""
 
 
 def _diverged(interval: pd.DataFrame) -> str:

@@ -68,7 +68,23 @@ def test_the_legend_counts_seeds_where_optimizers_differ(write_resnet: Write, tm
     assert legend(axes) == expected
     drawn = axes.get_legend()
     assert drawn is not None
-    assert drawn.get_title().get_text() == "geometric mean and 95% interval, 1 to 3 seeds"
+    assert drawn.get_title().get_text().splitlines()[0] == "geometric mean and 95% interval, 1 to 3 seeds"
+
+
+@pytest.mark.parametrize("spread", [1.01, 5.0])
+def test_the_legend_says_where_intervals_are_cut(write_resnet: Write, tmp_path: Path, spread: float) -> None:
+    """Two seeds a factor of 5 apart have an interval of thousands, which would hide the curves."""
+
+    def apart(curves: pd.DataFrame) -> None:
+        curves["train_loss"] = np.where(curves["seed"] == 0, 1.0, spread)
+
+    write_resnet("sgd", seeds=[0, 1], edit=apart)
+    (axes,) = figure1([Panel("ResNet", load_runs(tmp_path / "runs", PREVIEW))]).axes
+    drawn = axes.get_legend()
+    assert drawn is not None
+    assert ("some intervals go beyond the axis" in drawn.get_title().get_text()) == (spread > 2)
+    low, high = axes.get_ylim()
+    assert low < 1 < spread < high < 10
 
 
 def test_seeds_with_other_labels_and_devices_are_listed(write_resnet: Write, tmp_path: Path) -> None:
