@@ -118,7 +118,22 @@ class TwoLevelVariantConfig(KFACConfig):
     coarse_weight: float = 1.0
 
 
-OPTIMIZERS = (SGDConfig, AdamConfig, KFACConfig, TwoLevelKFACConfig, TwoLevelVariantConfig)
+@dataclass
+class ExactNaturalGradientConfig(FirstOrderConfig):
+    """The study's: ``lr`` is a factor on the best step of the quadratic model, ``correction`` names one of
+    ``experiments.study.directions.CORRECTIONS``."""
+
+    _target_: str = "experiments.study.exact.ExactNaturalGradient"
+    name: str = "exact_natural_gradient"
+    damping: float = MISSING
+    correction: str = "full"
+    norm_lr: float = MISSING
+
+
+OPTIMIZERS = (
+    *(SGDConfig, AdamConfig, KFACConfig, TwoLevelKFACConfig, TwoLevelVariantConfig),
+    ExactNaturalGradientConfig,
+)
 
 
 @dataclass

@@ -18,7 +18,7 @@ PAPER: dict[str, Any] = {
     "training.epochs": 100,
 }
 PAPER_SEEDS = 5
-KEYS = {key.rpartition(".")[2]: key for key in PAPER}
+KEYS = {key.rpartition(".")[2]: key for key in (*PAPER, "optimizer.correction")}
 
 
 @dataclass(frozen=True)

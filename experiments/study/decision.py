@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
+from typing import Any
 
 from experiments.study.arms import FULL, ONE_LEVEL, Arm, one, two, variant
 
@@ -21,13 +23,7 @@ def arm(level: str, setting: Setting, seeds: range = SELECTION) -> Arm:
 
 # Hypothesis 1: equal tuning.
 GRID: dict[str, dict[Setting, Arm]] = {
-    level: {
-        setting: arm(level, setting)
-        for setting in (
-            (damping, rate, momentum) for damping in DAMPINGS for rate in RATES for momentum in MOMENTA
-        )
-    }
-    for level in LEVELS
+    level: {setting: arm(level, setting) for setting in product(DAMPINGS, RATES, MOMENTA)} for level in LEVELS
 }
 
 # Hypothesis 2: at the paper's settings, directions whose length no coarse matrix of their own decides.
@@ -52,4 +48,28 @@ CONTROLS: dict[str, Arm] = {
         for length in LENGTHS
         for direction in (DIRECTIONS if length == "scheduled" else DIRECTIONS[:4])
     },
+}
+
+# Hypothesis 3: the upper bound, exact natural gradient; first what the rule compares, then the corrections.
+FACTORS, EXACT_DAMPINGS = (0.1, 0.3, 1.0), (1e-6, 1e-4, 1e-2)
+RECIPE: dict[str, Any] = {
+    "correction": "full",
+    "lr": 0.3,
+    "damping": 1e-4,
+}  # configs/experiment/deep_linear_mlp.yaml
+Step = tuple[float, float]
+"""λ, and the factor on the model-optimal step."""
+
+
+def exact(correction: str, step: Step, seeds: range = SELECTION) -> Arm:
+    damping, factor = step
+    own = {"correction": correction, "lr": factor, "damping": damping}
+    changes = tuple(sorted((key, value) for key, value in own.items() if value != RECIPE[key]))
+    return Arm("exact_natural_gradient", changes, len(seeds), first=seeds.start)
+
+
+WHOLE, BLOCKS = "full", "block_diagonal"
+EXACT: dict[str, dict[Step, Arm]] = {
+    correction: {step: exact(correction, step) for step in product(EXACT_DAMPINGS, FACTORS)}
+    for correction in (WHOLE, BLOCKS, "additive", "galerkin", "residual_corrected", "inverse_of_sum")
 }

@@ -8,7 +8,8 @@ from hydra import compose, initialize_config_dir
 
 from experiments.identity import run_path
 from experiments.study.arms import PAPER, Arm
-from experiments.study.decision import CONTROLS, GRID, TEST, arm
+from experiments.study.decision import CONTROLS, EXACT, GRID, RECIPE, TEST, arm, exact
+from experiments.study.directions import CORRECTIONS
 from experiments.study.variants import VARIANTS
 from experiments.train import CONFIGS
 
@@ -56,3 +57,16 @@ def test_each_arm_is_trained_once_and_all_of_them_although_one_fails(monkeypatch
     with pytest.raises(SystemExit, match=r"the others are done: (kfac|two_level_kfac)$"):
         RUN["train"]([CONTROLS["one level"], CONTROLS["full"], CONTROLS["full"]], [])
     assert sorted(trained) == ["optimizer=kfac", "optimizer=two_level_kfac"]
+
+
+def test_the_exact_arms_are_those_of_the_rules_and_their_recipe_s() -> None:
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        recipe = compose("train", ["optimizer=exact_natural_gradient"]).optimizer
+        assert {key: recipe[key] for key in RECIPE} == RECIPE
+        _, _, _, *overrides = RUN["command"](exact("galerkin", (1e-6, 0.3)), [])
+        config = compose("train", overrides)
+        where = "exact_natural_gradient/correction=galerkin,damping=1e-06"
+        assert run_path(config) == Path("runs/decision/deep_linear_mlp") / where
+        assert (config.optimizer.lr, config.optimizer.weight_decay, config.optimizer.momentum) == (0.3, 0, 0)
+    assert EXACT.keys() == CORRECTIONS.keys()
+    assert {len(arms) for arms in EXACT.values()} == {9}
