@@ -16,11 +16,6 @@ def diagonal_of(x: Tensor) -> Tensor:
     return x.flatten(-2) if is_diagonal(x) else x.diagonal(dim1=-2, dim2=-1)
 
 
-def second_moment(columns: Tensor, diagonal: bool) -> Tensor:
-    """Sum of ``c cᵀ`` over the columns of ``(R, d, N)``: ``(R, d, d)``, or its ``diagonal`` ``(R, 1, d)``."""
-    return columns.square().sum(-1)[:, None] if diagonal else torch.bmm(columns, columns.mT)
-
-
 def left_product(factor: Tensor, x: Tensor) -> Tensor:
     """``factor @ x``."""
     return factor.flatten(-2)[..., :, None] * x if is_diagonal(factor) else factor @ x

@@ -73,5 +73,6 @@ def _by_grid(features: dict[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
 def _gram(left: Tensor, right: Tensor, mode: str) -> Tensor:
     """Sum over the batch, mean over positions: ``(R, n, m)``, float64."""
     grid = pair_grid(left.shape[3:], right.shape[3:])
-    one, other = (resample(x, grid, mode).flatten(2).double() for x in (left, right))
+    one = resample(left, grid, mode).flatten(2).double()
+    other = one if right is left else resample(right, grid, mode).flatten(2).double()
     return one @ other.mT / prod(grid)

@@ -54,7 +54,7 @@ class EigenInverse(NamedTuple):
 
     def apply(self, gradient: Tensor) -> Tensor:
         rotated = right_product(left_product(self.eigenvectors_g.mT, gradient), self.eigenvectors_a)
-        scaled = left_product(self.eigenvectors_g, rotated * self.reciprocals)
+        scaled = left_product(self.eigenvectors_g, rotated.mul_(self.reciprocals))
         return right_product(scaled, self.eigenvectors_a.mT)
 
 

@@ -133,27 +133,35 @@ class PreconditionedSGD(torch.optim.SGD):
         """SGD's own update (weight decay, heavy ball), with the preconditioned gradients by ``id``."""
         for group in self._own_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            started = [p for p in params if "momentum_buffer" in self.state[p]]
+            buffers = [self.state[p].get("momentum_buffer") for p in params]
+            started = [k for k, buffer in enumerate(buffers) if buffer is not None]
             if 0 < len(started) < len(params):  # torch's fused update wants all buffers or none
-                known = set(started)
-                self._sgd(group, started, preconditioned)
-                self._sgd(group, [p for p in params if p not in known], preconditioned)
+                new = [k for k, buffer in enumerate(buffers) if buffer is None]
+                for chosen in (started, new):
+                    some, own = [params[k] for k in chosen], [buffers[k] for k in chosen]
+                    self._sgd(group, some, own, preconditioned)
             else:
-                self._sgd(group, params, preconditioned)
+                self._sgd(group, params, buffers, preconditioned)
 
     def _step_rest(self) -> None:
         if self.rest is not None:
             self.rest.step()
 
-    def _sgd(self, group: dict[str, Any], params: list[Tensor], updates: dict[int, Tensor]) -> None:
+    def _sgd(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        buffers: list[Tensor | None],
+        updates: dict[int, Tensor],
+    ) -> None:
+        """``buffers``: of all ``params`` or of none."""
         grads: list[Tensor] = [updates.get(id(p), p.grad) for p in params]  # pyright: ignore
-        buffers = [self.state[p].get("momentum_buffer") for p in params]
         is_first = bool(buffers) and buffers[0] is None
         # The fused update walks raw memory: all that it reads together must have one layout.
         together = (*params, *grads, *(buffer for buffer in buffers if buffer is not None))
-        kinds = {(p.device, p.dtype) for p in params}  # a set first: few of them, of hundreds of parameters
-        fusible = all(device.type in ("cpu", "cuda") and not dtype.is_complex for device, dtype in kinds)
-        fusible = fusible and all(x.is_contiguous() for x in together)
+        kinds = set(self._placement)  # a set first: few of them, of hundreds of parameters
+        fusible = all(device.type in ("cpu", "cuda") and not dtype.is_complex for dtype, device in kinds)
+        fusible = fusible and all(map(Tensor.is_contiguous, together))
         sgd(
             params,
             grads,

@@ -256,7 +256,7 @@ class Preconditioner:
             return updates
         corrections, diagnostics = coarse_corrections(self.coarse, self.stacks, updates, gradients, active)
         self.diagnostics |= diagnostics
-        return [u + c for u, c in zip(updates, corrections, strict=True)]
+        return [u.add_(c) for u, c in zip(updates, corrections, strict=True)]
 
     def clip(self, updates: Blocks, gradients: Blocks, lrs: Sequence[float], kl_clip: float | None) -> None:
         """Scale the updates by ν, in place (eq. 10); ``lrs`` are the parameter groups' η."""
@@ -265,7 +265,7 @@ class Preconditioner:
             return
         squared_lrs = updates[0].new_tensor(lrs).square()
         per_layer = [
-            (u * g * squared_lrs[stack.groups]).sum((-2, -1)).abs()
+            (u * g).mul_(squared_lrs[stack.groups]).sum((-2, -1)).abs()
             for stack, u, g in zip(self.stacks, updates, gradients, strict=True)
         ]
         nu = kl_clip_factor(torch.cat(per_layer).sum(0), kl_clip)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kfac2.curvature.diagonal import second_moment
+from kfac2.curvature.moments import second_moment
 from kfac2.optim.layers import Layer, Moments, Totals
 from kfac2.optim.options import by_layer, check_choice
 

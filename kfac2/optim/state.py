@@ -1,17 +1,19 @@
 """The preconditioner's entry in a state dict, and where ``torch.distributed.checkpoint`` finds it."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 
 ENTRY = "preconditioner"
+_KIND = attrgetter("dtype", "device")
 Groups = Sequence[dict[str, Any]]
 
 
 def placement(param_groups: Groups) -> list[tuple[torch.dtype, torch.device]]:
     """Type and device of every parameter."""
-    return [(p.dtype, p.device) for group in param_groups for p in group["params"]]
+    return [kind for group in param_groups for kind in map(_KIND, group["params"])]
 
 
 def with_carrier(state_dict: dict[str, Any], param_groups: Groups) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kfac2.curvature import INVERSES, KroneckerBlocks
-from kfac2.curvature.diagonal import second_moment
+from kfac2.curvature.moments import second_moment
 from tests.curvature.test_blocks import D_IN, D_OUT, LAYERS, REPLICAS, each_inverse
 
 DAMPING = 0.1

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kfac2 import KFAC, TwoLevelKFAC
 from kfac2.curvature.diagonal import is_diagonal
+from kfac2.curvature.moments import second_moment
 from tests.optim.loop import (
     INVERSES,
     assert_close,
@@ -97,7 +98,8 @@ def test_an_adapter_that_knows_no_diagonal_is_cut_down(monkeypatch: pytest.Monke
     _, x, y = tokens()
     one_step(models[0], x, y, max_factor_dim=5)
     monkeypatch.setattr(
-        "kfac2.optim.layers.linear.second_moment", lambda columns, diagonal: columns @ columns.mT
+        "kfac2.optim.layers.linear.second_moment",
+        lambda columns, diagonal, with_one=False: second_moment(columns, False, with_one),
     )
     optimizer = one_step(models[1], x, y, max_factor_dim=5)
     assert all(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kfac2.curvature.diagonal import second_moment
+from kfac2.curvature.moments import second_moment
 from kfac2.optim.layers.base import Basis, Layer, Moments, Totals, rows_with_gradient
 
 

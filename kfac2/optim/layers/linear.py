@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from kfac2.curvature.diagonal import second_moment
+from kfac2.curvature.moments import second_moment
 from kfac2.optim.layers.base import Basis, Layer, Moments, Totals, rows_with_gradient
 
 ATTENTION = (
@@ -35,9 +35,9 @@ class LinearLayer(Layer):
 
     def moments(self, inputs: Tensor, gradients: Tensor) -> Moments:
         self.axes(inputs)
-        a, g = self._input_columns(inputs), self.columns(gradients)
+        a, g = self.columns(inputs), self.columns(gradients)
         only_g, only_a = self.diagonal
-        return Moments(second_moment(a, only_a), second_moment(g, only_g), a.shape[-1])
+        return Moments(second_moment(a, only_a, self.with_bias), second_moment(g, only_g), a.shape[-1])
 
     def counting_rows(self, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
         return rows_with_gradient(inputs.flatten(0, -2), gradients.flatten(0, -2))
@@ -51,12 +51,17 @@ class LinearLayer(Layer):
         return Totals(a, g, prod(axes) // axes[axis])
 
     def maps(self, inputs: Tensor, gradients: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
-        a, g = self._input_columns(inputs), self.columns(gradients)
+        a, g, of_bias = self.columns(inputs), self.columns(gradients), torch.ones(())
         if basis is not None:
             u, v = basis
-            a, g = a * v[:, None].to(a), g * u[:, None].to(g)
-        axes = self.axes(inputs)
-        return a.sum(1).unflatten(1, axes), g.sum(1).unflatten(1, axes)
+            of_bias = v[-1]
+            a, g = a * v[: a.shape[1], None].to(a), g * u[:, None].to(g)
+        axes, alpha, gamma = self.axes(inputs), a.sum(1), g.sum(1)
+        if self.with_bias:
+            alpha += of_bias.to(alpha)
+        if len(axes) == 1:  # in a deep network the calls that change nothing cost as much as the sums
+            return alpha, gamma
+        return alpha.unflatten(1, axes), gamma.unflatten(1, axes)
 
     def _input_columns(self, inputs: Tensor) -> Tensor:
         """``(R, d_in, N)``, a one appended where there is a bias."""
