@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers import SGD_OPTIONS, available_peers, deep_linear_task, plain_sgd
+from benchmarks.peers import KFAC_PEERS, SGD_OPTIONS, available, deep_linear_task, plain_sgd
 from benchmarks.timing import (
     FACTOR_INTERVAL,
     INVERSE_INTERVAL,
@@ -93,7 +93,9 @@ def main(seconds: float = 200) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     task = deep_linear_task(BATCH_SIZE)
-    plain, peers = plain_sgd(task), available_peers(task)
+    plain = plain_sgd(task)
+    makers = {name: partial(of, task) for name, of in KFAC_PEERS.items()}
+    peers = [peer for _, peer in available(makers, INVERSE_INTERVAL)]
     ours = {replicas: optimizers(replicas) for replicas in (1, 5)}
     baselines = [(plain, [plain, *peers])] + [(row["SGD"], list(row.values())) for row in ours.values()]
     rounds = interleave([contender for _, group in baselines for contender in group], seconds)

@@ -3,7 +3,7 @@
 All train a network as anybody would write it, on batches drawn beforehand.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -36,13 +36,13 @@ class Task(NamedTuple):
         """The usual loop; an optimizer that observes the curvature has one call more."""
         model = self.build()
         optimizer = optimizer_of(model)
-        observe = getattr(optimizer, "update_curvature", lambda output: None)
+        observe = getattr(optimizer, "update_curvature", lambda output, targets: None)
 
         def step(t: int) -> None:
             x, y = self.batches[t % len(self.batches)]
             optimizer.zero_grad()
             output = model(x)
-            observe(output)
+            observe(output, targets=y)
             self.loss(output, y).backward()
             optimizer.step()
 
@@ -153,24 +153,23 @@ def shampoo(task: Task) -> Contender:
     return task.contender(name, of, inverse_interval=task.inverse_interval, iteration=1)
 
 
+Maker = Callable[[], Contender]
 KFAC_PEERS: dict[str, Callable[[Task], Contender]] = {"asdfghjkl": asdl_kfac, "singd": singd}
 PEERS = KFAC_PEERS | {"SOAP": soap, "Shampoo": shampoo}
 
 
-def available_peers(
-    task: Task, peers: dict[str, Callable[[Task], Contender]] = KFAC_PEERS
-) -> list[Contender]:
-    """Those that import and train here; says which do not, and why."""
-    contenders = []
-    for name, build in peers.items():
+def available(makers: Mapping[str, Maker], steps: int) -> list[tuple[Maker, Contender]]:
+    """Those whose loop can be made here and trains ``steps``; says which cannot, and why."""
+    found = []
+    for name, make in makers.items():
         try:
-            contender = build(task)
-            contender.run(task.inverse_interval)
+            contender = make()
+            contender.run(steps)
         except Exception as error:
             print(f"{name} skipped: {error!r}\n")
             continue
-        contenders.append(contender)
-    return contenders
+        found.append((make, contender))
+    return found
 
 
 def deep_linear_task(batch_size: int) -> Task:

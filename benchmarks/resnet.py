@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.memory import peak_allocated
 from benchmarks.timing import Contender, interleave, machine, markdown_table
 from experiments.problems import cifar_resnet
 from kfac2 import KFAC, TwoLevelKFAC
@@ -80,15 +80,7 @@ def peak_memory(name: str, depth: int, batch: tuple[Tensor, Tensor]) -> float:
         group.update({key: 1 for key in ("factor_interval", "inverse_interval") if key in group})
     loop.optimizer.zero_grad()
     persistent = storage_bytes([loop.model.state_dict(), loop.optimizer.state_dict(), batch])
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        loop.step()
-    events = profiler.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
-    allocated = peak = 0
-    for event in events:
-        if event.name() == "[memory]":
-            allocated += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
-            peak = max(peak, allocated)
-    return (persistent + peak) / 2**20
+    return persistent / 2**20 + peak_allocated(loop.step)
 
 
 def storage_bytes(state: Any) -> int:

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.peers import PEERS, SGD_OPTIONS, Task, available_peers
-from benchmarks.timing import Contender, interleave, machine, markdown_table
+from benchmarks.memory import peak_allocated
+from benchmarks.peers import PEERS, SGD_OPTIONS, Maker, Task, available
+from benchmarks.timing import interleave, machine, markdown_table
 from kfac2 import KFAC, TwoLevelKFAC
 
 DEPTH, HEADS, CLASSES = 4, 4, 10
@@ -101,23 +102,32 @@ def tasks() -> dict[str, tuple[Task, str]]:
     }
 
 
-def ours(task: Task) -> list[Contender]:
-    """First order, and K-FAC with the settings that a refresh's cost depends on."""
+def makers(task: Task) -> dict[str, Maker]:
+    """SGD and AdamW first, K-FAC with the settings that a refresh's cost depends on, and the peers."""
     intervals: dict[str, Any] = {
         "factor_interval": task.factor_interval,
         "inverse_interval": task.inverse_interval,
     }
-    second: dict[str, Callable[..., KFAC]] = {
-        "KFAC, eigen": KFAC,
-        "KFAC, tikhonov": partial(KFAC, inverse="tikhonov"),
-        "TwoLevelKFAC, eigen": TwoLevelKFAC,
+    first: dict[str, Callable[[nn.Module], Any]] = {
+        "SGD": lambda model: torch.optim.SGD(model.parameters(), fused=True, **SGD_OPTIONS),
+        "AdamW": lambda model: torch.optim.AdamW(model.parameters(), fused=True),
     }
     options = SGD_OPTIONS | intervals | {"class_dim": -1}
-    return [
-        task.contender("SGD", lambda model: torch.optim.SGD(model.parameters(), fused=True, **SGD_OPTIONS)),
-        task.contender("AdamW", lambda model: torch.optim.AdamW(model.parameters(), fused=True)),
-        *(task.contender(name, partial(kind, **options), **intervals) for name, kind in second.items()),
-    ]
+    second: dict[str, Callable[[nn.Module], KFAC]] = {
+        "KFAC, eigen": partial(KFAC, **options),
+        "KFAC, tikhonov": partial(KFAC, inverse="tikhonov", **options),
+        "TwoLevelKFAC, eigen": partial(TwoLevelKFAC, **options),
+    }
+    return {
+        **{name: partial(task.contender, name, of) for name, of in first.items()},
+        **{name: partial(task.contender, name, of, **intervals) for name, of in second.items()},
+        **{name: partial(of, task) for name, of in PEERS.items()},
+    }
+
+
+def peak_memory(make: Maker, task: Task) -> float:
+    """MiB at the peak from the making of the network until all has been refreshed twice, all that persists included."""
+    return peak_allocated(lambda: make().run(task.inverse_interval))
 
 
 def main(seconds: str = "600", *names: str) -> None:
@@ -126,15 +136,29 @@ def main(seconds: str = "600", *names: str) -> None:
         if names and name not in names:
             continue
         torch.manual_seed(0)
-        contenders = [*ours(task), *available_peers(task, PEERS)]
-        rounds = interleave(contenders, float(seconds), steps=task.inverse_interval)
+        found = available(makers(task), task.inverse_interval)
+        rounds = interleave([row for _, row in found], float(seconds), steps=task.inverse_interval)
         load = os.getloadavg()[0]
         print(f"{words}; {machine()}, load {load:.0f}; medians of {rounds} rounds\n")
-        adam = contenders[1].amortised
-        columns = ("ordinary", "factor refresh", "inverse refresh", "amortised", "/ AdamW")
+        peaks = [peak_memory(make, task) for make, _ in found]
+        adam = found[1][1].amortised
+        columns = (
+            "ordinary",
+            "factor refresh",
+            "inverse refresh",
+            "amortised",
+            "/ AdamW",
+            "peak memory / SGD's",
+        )
         table = [
-            [row.name, *(row.median(kind) for kind in KINDS), row.amortised, row.amortised / adam]
-            for row in contenders
+            [
+                row.name,
+                *(row.median(kind) for kind in KINDS),
+                row.amortised,
+                row.amortised / adam,
+                peak / peaks[0],
+            ]
+            for (_, row), peak in zip(found, peaks, strict=True)
         ]
         print(markdown_table(("ms per step", *columns), table) + "\n", flush=True)
 
