@@ -61,7 +61,7 @@ class Batch:
             self._totals.setdefault(index, []).append((call, layer.totals(inputs, gradients, axis)))
 
     def moments(self) -> dict[int, Moments]:
-        """Of each observed layer, its calls added up.
+        """Of each observed layer, its calls added up; the batch holds them no more.
 
         Raises:
             ValueError: K-FAC-reduce, and the samples of a layer are not found in its calls.
@@ -82,7 +82,8 @@ class Batch:
                 + ". Say where the samples are with batch_axis={name: axis}, or take "
                 "weight_sharing={name: 'expand'}"
             )
-        return self._moments | reduced
+        moments, self._moments = self._moments | reduced, {}
+        return moments
 
     def maps(self) -> tuple[Maps, dict[int, str]]:
         """The coarse space's α and γ, and why a layer has none: its samples are not found in its calls."""

@@ -50,14 +50,18 @@ class LayerStack:
         self.positions = index
 
     def sample(self, moments: dict[int, Moments], samples: int) -> StackSample:
-        """The stack's part of a batch of ``samples`` samples, checked layer by layer and replica by replica."""
+        """The stack's part of a batch of ``samples`` samples, checked layer by layer and replica by replica.
+
+        It takes its layers out of ``moments``, so that these do not lie in memory beside all stacks.
+        """
         none = Moments(torch.zeros_like(self.blocks.a[0]), torch.zeros_like(self.blocks.g[0]), 0)
-        own = [moments.get(i, none) for i in self.positions]
-        present = torch.tensor([i in moments for i in self.positions])
+        observed = [i in moments for i in self.positions]
+        own = [moments.pop(i, none) for i in self.positions]
+        present = torch.tensor(observed)
         a = torch.stack([m.a for m in own])
         g = torch.stack([m.g for m in own])
         rows = a.new_tensor([[m.rows] for m in own]).expand(a.shape[:2])
-        count = a.new_tensor([[samples * (i in moments)] for i in self.positions]).expand(a.shape[:2])
+        count = a.new_tensor([[samples * seen] for seen in observed]).expand(a.shape[:2])
         finite = finite_matrices(a) & finite_matrices(g)
         if not finite.all():
             a, g = (torch.where(matrices(finite), x, 0.0) for x in (a, g))
