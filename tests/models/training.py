@@ -21,23 +21,31 @@ each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 
 
 def check_training(
-    optimizer: str, build: Callable[[], nn.Module], draw: Callable[[], Tensor], share: float, **options: Any
+    optimizer: str,
+    build: Callable[[], nn.Module],
+    draw: Callable[[], Tensor],
+    share: float,
+    labels_of: Callable[[Tensor], Tensor] = lambda inputs: torch.randint(CLASSES, (BATCH,)),
+    class_dim: int = 1,
+    **options: Any,
 ) -> None:
-    """Train on one batch of random inputs and labels: finite, decreasing, nothing rejected on the way.
+    """Train on one batch of random inputs, and labels of their own unless said: finite, decreasing, nothing rejected.
 
     ``share`` is the least share of the model's parameters that must be preconditioned. The paper's two levels
     may leap outside its experiments, which their docstring says, so that only finite is asked of them.
     """
     torch.manual_seed(0)
-    model, inputs, labels = build(), draw(), torch.randint(CLASSES, (BATCH,))
-    kfac = OPTIMIZERS[optimizer](model, generator=torch.Generator().manual_seed(0), **options)
+    model, inputs = build(), draw()
+    labels = labels_of(inputs)
+    generator = torch.Generator().manual_seed(0)
+    kfac = OPTIMIZERS[optimizer](model, generator=generator, class_dim=class_dim, **options)
     losses = []
     for _ in range(STEPS):
         kfac.zero_grad()
         output = model(inputs)
         output = getattr(output, "logits", output)
-        kfac.update_curvature(output)
-        loss = F.cross_entropy(output, labels)
+        kfac.update_curvature(output, targets=labels)
+        loss = F.cross_entropy(output.movedim(class_dim, 1), labels)
         loss.backward()
         kfac.step()
         losses.append(float(loss.detach()))
