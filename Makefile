@@ -63,6 +63,7 @@ benchmark: $(READY) ## time the optimizers against each other and their peers
 	$(BIN)/python -m benchmarks.resnet
 	$(BIN)/python -m benchmarks.distributed
 	$(BIN)/python -m benchmarks.transformers
+	$(BIN)/python -m benchmarks.losses
 
 # Parts of the above.
 $(RUNS): $(READY)
