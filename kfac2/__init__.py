@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kfac2.curvature.coarse import CoarseSpace
+    from kfac2.optim.adaptive import LevenbergMarquardt
     from kfac2.optim.kfac import KFAC
     from kfac2.optim.layers import register_layer
     from kfac2.optim.two_level import TwoLevelKFAC
@@ -12,10 +13,11 @@ if TYPE_CHECKING:
 _HOMES = {
     "KFAC": "kfac2.optim.kfac",
     "CoarseSpace": "kfac2.curvature.coarse",
+    "LevenbergMarquardt": "kfac2.optim.adaptive",
     "TwoLevelKFAC": "kfac2.optim.two_level",
     "register_layer": "kfac2.optim.layers",
 }
-__all__ = ["KFAC", "CoarseSpace", "TwoLevelKFAC", "register_layer"]
+__all__ = ["KFAC", "CoarseSpace", "LevenbergMarquardt", "TwoLevelKFAC", "register_layer"]
 __version__ = "0.1.0"
 
 

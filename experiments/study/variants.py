@@ -60,9 +60,9 @@ class DiagonalMatched(NormMatched):
         super().bind(shapes, replicas, device)
         self.diagonal_inverse = torch.zeros_like(self.inverse[..., 0])
 
-    def refresh(self, damping: float) -> Tensor:
+    def refresh(self, damping: float | Tensor) -> Tensor:
         failed = super().refresh(damping)
-        inverse = 1 / (self.matrix().diagonal(dim1=-2, dim2=-1) + damping)
+        inverse = 1 / (self.matrix().diagonal(dim1=-2, dim2=-1) + self.per_eigenvalue(damping))
         self.diagonal_inverse = torch.where(failed[:, None], self.diagonal_inverse, inverse)
         return failed
 
@@ -79,7 +79,7 @@ class Permuted(NormMatched):
     counters = (*CoarseSpace.counters, "refreshes")
     refreshes = 0
 
-    def refresh(self, damping: float) -> Tensor:
+    def refresh(self, damping: float | Tensor) -> Tensor:
         self.refreshes += 1
         return super().refresh(damping)
 
@@ -208,7 +208,7 @@ class AuthorsAccumulated(AuthorsScale):
         super().bind(shapes, replicas, device)
         self.off_diagonal = torch.zeros_like(self.grams[0])
 
-    def refresh(self, damping: float) -> Tensor:
+    def refresh(self, damping: float | Tensor) -> Tensor:
         latest = super().matrix()
         self.off_diagonal = self.off_diagonal + latest - _diagonal(latest)
         return super().refresh(damping)
@@ -216,7 +216,7 @@ class AuthorsAccumulated(AuthorsScale):
     def matrix(self) -> Tensor:
         return self.off_diagonal + _diagonal(super().matrix())
 
-    def damped(self, eigenvalues: Tensor, damping: float) -> Tensor:
+    def damped(self, eigenvalues: Tensor, damping: Tensor) -> Tensor:
         return eigenvalues + damping
 
 

@@ -52,12 +52,15 @@ class KroneckerBlocks:
         self.attempted = self.attempted | present
         return ~finite & present[:, None].to(finite.device)
 
-    def refresh_inverse(self, damping: float) -> Tensor:
+    def refresh_inverse(self, damping: float | Tensor) -> Tensor:
         """Recompute the inverses; one that is not finite leaves its predecessor in place.
 
         Without a predecessor, finite factors get the identity in its place: a plain step. Returns ``(n, R)``:
         the blocks of attempted layers for which no new inverse was found.
+        ``damping`` is λ, or each replica's, ``(R,)``.
         """
+        if isinstance(damping, Tensor):
+            damping = matrices(damping.to(self.a))
         new = self._inverse.compute(self.a, self.g, damping)
         good = self.seen
         for part in new:

@@ -211,8 +211,10 @@ class CoarseSpace:
         """F̃_coarse ``(R, L, L)``, float64: the Hadamard product of the running Grams."""
         return self.grams.prod(0)
 
-    def refresh(self, damping: float) -> Tensor:
+    def refresh(self, damping: float | Tensor) -> Tensor:
         """Recompute ``(F̃_coarse + λI)^{-1}`` as ``Q (|w| + λ)^{-1} Qᵀ``; a failed one is not taken.
+
+        λ is one for all replicas, or each one's ``(R,)``.
 
         The absolute value changes nothing for a semi-definite matrix and gives a clearly negative
         eigenvalue a small step, not one of size 1/λ. Without an earlier inverse, a finite matrix whose
@@ -222,9 +224,10 @@ class CoarseSpace:
         scale = self.sizes.rsqrt() if self.damping == "consistent" else torch.ones_like(self.sizes)
         values, vectors = eigh_or_nan(scale[:, None] * self.matrix() * scale)
         vectors = scale[:, None] * vectors
+        damping = self.per_eigenvalue(damping)
         inverse = (vectors / self.damped(values, damping)[:, None, :]) @ vectors.mT
-        threshold = (1e-6 * values.abs().amax(-1)).clamp(min=damping)
-        negative = (values < -threshold[:, None]).sum(-1)
+        threshold = (1e-6 * values.abs().amax(-1, keepdim=True)).clamp(min=damping)
+        negative = (values < -threshold).sum(-1)
         self.indefinite += int((negative > 0).sum())
         seen = self.seen.diagonal(dim1=-2, dim2=-1)
         inverse = torch.where(seen[:, :, None] & seen[:, None, :], inverse, 0.0)
@@ -235,7 +238,11 @@ class CoarseSpace:
         self.negative_eigenvalues = torch.where(good, negative, self.negative_eigenvalues)
         return ~good
 
-    def damped(self, eigenvalues: Tensor, damping: float) -> Tensor:
+    def per_eigenvalue(self, damping: float | Tensor) -> Tensor:
+        """λ, or each replica's ``(R,)``, as what broadcasts against ``(R, L)``."""
+        return torch.as_tensor(damping, dtype=self.inverse.dtype, device=self.inverse.device)[..., None]
+
+    def damped(self, eigenvalues: Tensor, damping: Tensor) -> Tensor:
         """What the coarse matrix's eigenvalues are divided by, ``(R, L)``."""
         return eigenvalues.abs() + damping
 

@@ -1,5 +1,6 @@
 """Damped inverses of Kronecker-factored blocks, batched over any leading axes.
 
+A damping is λ, or a tensor of one per block that broadcasts against matrices ``(..., 1, 1)``.
 A block is ``A ⊗ G`` with ``A`` of shape ``(..., d_in, d_in)`` and ``G`` of shape ``(..., d_out, d_out)``;
 a factor of which only the diagonal is kept is a row ``(..., 1, d)``, and so are its eigenvectors and inverse.
 A gradient is ``(..., d_out, d_in)``. A matrix that cannot be inverted gives NaN in its own slot only; one on
@@ -44,7 +45,7 @@ class EigenInverse(NamedTuple):
         return cls(_identity_like(a), _identity_like(g), a.new_ones(shape))
 
     @classmethod
-    def compute(cls, a: Tensor, g: Tensor, damping: float) -> Self:
+    def compute(cls, a: Tensor, g: Tensor, damping: float | Tensor) -> Self:
         eigenvalues_a, eigenvectors_a = eigh_or_nan(a)
         eigenvalues_g, eigenvectors_g = eigh_or_nan(g)
         # The largest number in place of an overflow, because infinity times zero is NaN.
@@ -75,7 +76,7 @@ class TikhonovInverse(NamedTuple):
         return cls(_identity_like(a), _identity_like(g))
 
     @classmethod
-    def compute(cls, a: Tensor, g: Tensor, damping: float) -> Self:
+    def compute(cls, a: Tensor, g: Tensor, damping: float | Tensor) -> Self:
         pi = matrices(tikhonov_pi(a, g))
         root = damping**0.5
         return cls(spd_inverse_or_nan(a, pi * root), spd_inverse_or_nan(g, root / pi))

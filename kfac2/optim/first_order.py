@@ -1,5 +1,6 @@
-"""SGD and Adam with K-FAC's two calls, so that a trainer needs no branch."""
+"""SGD and Adam with K-FAC's calls, so that a trainer needs no branch."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ class _FirstOrder:
 
     def update_curvature(self, output: Tensor, labels: Tensor | None = None) -> None:
         """First-order methods have no curvature."""
+
+    def adapt_damping(self, forward: Callable[[], Tensor], loss: Callable[[Tensor], Tensor]) -> None:
+        """First-order methods have no damping."""
 
 
 class SGD(_FirstOrder, torch.optim.SGD):

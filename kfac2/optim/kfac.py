@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac2.curvature import INVERSES, CoarseSpace
+from kfac2.optim.adaptive import LevenbergMarquardt, damping_of
 from kfac2.optim.capture import Capture
 from kfac2.optim.compiled import run_eagerly, uncompiled
 from kfac2.optim.distributed import Processes
@@ -49,6 +50,8 @@ class KFAC(PreconditionedSGD):
             preconditioning and clipping, to every parameter).
         dampening, nesterov, maximize: as ``torch.optim.SGD``'s, on the preconditioned gradient.
         damping: λ, not negative.
+        adaptive_damping: True, or a ``LevenbergMarquardt`` with constants of its own: λ begins at ``damping`` and is
+            moved by ``adapt_damping``, which must then be called after every step; each replica has its own.
         kl_clip: κ of eq. 10; None turns clipping off.
         likelihood: the loss whose curvature is used, which must be the one that is minimised or its scale
             is wrong: an ``nn.CrossEntropyLoss``, ``nn.BCEWithLogitsLoss`` or ``nn.MSELoss`` with its options,
@@ -111,6 +114,7 @@ class KFAC(PreconditionedSGD):
         nesterov: bool = False,
         maximize: bool = False,
         damping: float = 1e-2,
+        adaptive_damping: bool | LevenbergMarquardt = False,
         kl_clip: float | None = 1e-3,
         likelihood: str | nn.Module = "categorical",
         class_dim: int | None = None,
@@ -156,6 +160,8 @@ class KFAC(PreconditionedSGD):
         self.preconditioner = Preconditioner(
             layers, self.param_groups, inverse, factor_decay, coarse, Processes(process_group)
         )
+        first = shared_options(self._own_groups).damping
+        self._damping = damping_of(adaptive_damping, self.preconditioner, called, first)
         self._loss = loss._replace(replicas=layers[0].replicas if layers[0].replicated else None)
         self._generators = as_generators(generator, layers[0].replicas)
         self._placement = placement(self.param_groups)
@@ -235,8 +241,9 @@ class KFAC(PreconditionedSGD):
         """Take one step; a ``closure`` is evaluated first, with grad enabled, and its value returned.
 
         Raises:
-            RuntimeError: a refresh is due and ``update_curvature`` was not called, a layer has never had
-                finite curvature, or ``damping`` is zero and the curvature singular from the start.
+            RuntimeError: a refresh is due and ``update_curvature`` was not called, an earlier step was to be judged
+                and ``adapt_damping`` was not called, a layer has never had finite curvature, or ``damping`` is zero
+                and the curvature singular from the start.
         """
         loss = None
         if closure is not None:
@@ -250,8 +257,7 @@ class KFAC(PreconditionedSGD):
             preconditioner.refresh_factors()
             self._capture.release()
             self._tell_unseen_layers()
-        if preconditioner.iteration % options.inverse_interval == 0:
-            preconditioner.refresh_inverses(options.damping)
+        self._damping.prepare_step(options)
         gradients, active = preconditioner.gradients()
         updates = preconditioner.precondition(gradients, active)
         lrs = [float(group["lr"]) for group in self._own_groups]
@@ -260,6 +266,28 @@ class KFAC(PreconditionedSGD):
         self._step_rest()
         preconditioner.iteration += 1
         return loss
+
+    def adapt_damping(self, forward: Callable[[], Tensor], loss: Callable[[Tensor], Tensor]) -> None:
+        """Judge the step just taken, and adapt λ to it; does nothing without ``adaptive_damping=`` or if not due.
+
+        ```python
+        optimizer.step()
+        optimizer.adapt_damping(lambda: model(x), lambda output: criterion(output, y))
+        ```
+
+        λ is in ``diagnostics["damping"]``. A loss that is not finite makes it grow.
+
+        Args:
+            forward: runs the model on the step's batch, outside autocast, and returns its output ``([R,] B, ...)``.
+                It is called twice, with the same random numbers and without trace in the model's buffers.
+            loss: what is minimised, of such an output: a scalar, or each replica's ``(R,)``. With several processes,
+                each one's as it is back-propagated there.
+
+        Raises:
+            TypeError, ValueError: what they return has a wrong type or shape.
+            RuntimeError: the output does not depend on the model's parameters.
+        """
+        self._damping.adapt(forward, loss)
 
     @property
     def refresh_is_due(self) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from kfac2.curvature import CoarseSpace
+from kfac2.optim.adaptive import FixedDamping
 from kfac2.optim.capture import Capture
 from kfac2.optim.coverage import Coverage, Entry, summary
 from kfac2.optim.options import SharedOptions, shared_options
@@ -23,6 +24,7 @@ class PreconditionedSGD(torch.optim.SGD):
     rest: torch.optim.Optimizer | None
     preconditioner: Preconditioner
     _capture: Capture
+    _damping: FixedDamping
     _entries: list[Entry]
     _generators: list[torch.Generator]
     _placement: list[tuple[torch.dtype, torch.device]]
@@ -92,7 +94,8 @@ class PreconditionedSGD(torch.optim.SGD):
         """What the latest step did, per replica ``(R,)``: ``nu`` (ν of eq. 10), and with two levels
         ``coarse_ratio``, the norm of the coarse correction relative to the one-level update, and
         ``coarse_negative``, how many clearly negative eigenvalues the coarse matrix had, and
-        ``coarse_indefinite``, 1 where it had any, else 0."""
+        ``coarse_indefinite``, 1 where it had any, else 0; with ``adaptive_damping`` the λ it has come to,
+        ``damping``."""
         return self.preconditioner.diagnostics
 
     @property
@@ -208,6 +211,7 @@ class PreconditionedSGD(torch.optim.SGD):
         def add(_: Any, state: dict[str, Any]) -> None:
             generators = [generator.get_state() for generator in self._generators]
             state[ENTRY] = self.preconditioner.state_dict() | {"generators": generators}
+            state[ENTRY] |= self._damping.state_dict()
             if self.rest is not None:
                 state[ENTRY]["rest"] = name_of(self.rest)
 
@@ -227,6 +231,7 @@ class PreconditionedSGD(torch.optim.SGD):
             entry, rest = without_entry(state)
             check_same_rest(entry.get("rest"), self.rest)
             self.preconditioner.check_state_dict(entry)
+            self._damping.check_state_dict(entry)
             return rest
 
         # After hooks that change what is loaded, and ahead of those that look at what was.
@@ -238,6 +243,7 @@ class PreconditionedSGD(torch.optim.SGD):
     def _load_entry(self, entry: dict[str, Any]) -> None:
         self._share_with_rest()
         self.preconditioner.load_state_dict(entry)
+        self._damping.load_state_dict(entry)
         self._capture.release()
         try:
             for generator, saved in zip(self._generators, entry["generators"], strict=True):

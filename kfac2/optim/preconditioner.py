@@ -201,8 +201,11 @@ class Preconditioner:
         seen = [sample for sample in coarse if bool(sample.counts.any() | sample.rejected.any())]
         return Observation(stacks, seen[0] if seen else None), bool(flags.missing)
 
-    def refresh_inverses(self, damping: float) -> None:
+    def refresh_inverses(self, damping: float | Tensor) -> None:
         """Recompute all inverses; one that fails leaves its predecessor in place, or without one plain steps.
+
+        Args:
+            damping: λ, or each replica's, ``(R,)``.
 
         Raises:
             RuntimeError: a layer's statistics have never been finite (in a replicated model the replica is marked
@@ -226,7 +229,7 @@ class Preconditioner:
                 f"iteration {t}: no finite curvature, now or earlier, of {failures.names(unseen, self.stacks)}. "
                 f"{failures.why_not_finite()}"
             )
-        if damping == 0 and not self.replicated and failures.per_replica(singular).any():
+        if not self.replicated and damping == 0 and failures.per_replica(singular).any():
             raise RuntimeError(
                 f"iteration {t}: the curvature of {failures.names(singular, self.stacks)} is singular, and there is "
                 "no earlier inverse: raise damping above zero"
