@@ -87,6 +87,7 @@ class KFACConfig(FirstOrderConfig):
     _target_: str = "kfac2.KFAC"
     name: str = "kfac"
     damping: float = MISSING
+    adaptive_damping: bool = False
     kl_clip: float | None = MISSING
     inverse: str = MISSING
     factor_interval: int = MISSING

@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -228,6 +229,7 @@ class Training:
             losses = problem.losses(output, targets)
             losses.sum().backward(processes.weight(problem.batch_size(targets), whole))
             stopped = not self._step(losses)
+            optimizer.adapt_damping(partial(self.model, inputs), partial(problem.losses, targets=targets))
             averages.add(
                 problem.batch_size(targets),
                 loss=losses.detach(),

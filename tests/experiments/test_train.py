@@ -45,6 +45,22 @@ def config(*overrides: str) -> DictConfig:
 
 
 @pytest.mark.usefixtures("hydra")
+@pytest.mark.parametrize("name", ["kfac", "two_level_kfac"])
+def test_damping_adapts_where_it_is_asked_for_and_the_record_s_name_says_so(name: str) -> None:
+    fixed, adaptive = (
+        config(f"optimizer={name}"),
+        config(f"optimizer={name}", "optimizer.adaptive_damping=true"),
+    )
+    assert run_path(fixed).name == "paper"
+    assert run_path(adaptive).name == "adaptive_damping=True"
+    assert "adaptive_damping" not in identity(fixed)["optimizer"]
+    optimizer = build_training(
+        config(f"optimizer={name}", "optimizer.adaptive_damping=true", *TINY), [0, 1]
+    ).optimizer
+    assert optimizer.diagnostics["damping"].tolist() == [1e-2, 1e-2]
+
+
+@pytest.mark.usefixtures("hydra")
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_pair_composes_with_the_paper_s_values(name: str) -> None:
     settings = config(f"optimizer={name}")

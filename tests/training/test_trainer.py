@@ -18,7 +18,7 @@ from experiments.records.files import write_atomically
 from experiments.training.records import RunDirectory
 from experiments.training.tracking import NoTracker, WandbTracker, summary
 from experiments.training.trainer import Training, TrainingSettings
-from kfac2 import TwoLevelKFAC
+from kfac2 import LevenbergMarquardt, TwoLevelKFAC
 from kfac2.optim.first_order import SGD, Adam
 from tests.problems.cifar_files import write_parquet
 
@@ -135,6 +135,22 @@ def test_batches_are_weighted_by_the_size_that_the_problem_states() -> None:
     (loss,) = run.evaluate()["loss"]
     expected = problem.losses(problem.model(problem.x), problem.y)
     assert loss == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_each_seed_s_adapted_damping_is_in_its_row(tmp_path: Path) -> None:
+    """And a resumed training goes on with it."""
+    rule = LevenbergMarquardt(interval=1)
+    factory = partial(two_levels, damping=0.1, adaptive_damping=rule)
+    whole = training(factory=factory)
+    rows = [row for _ in range(3) for row in whole.train_epoch()]
+    dampings = [row["damping"] for row in rows]
+    assert dampings[-2] != dampings[-1]
+    assert 0.1 not in dampings
+    first, second = training(factory=factory), training(factory=factory)
+    first.train_epoch()
+    second.load_state_dict(deepcopy(first.state_dict()))
+    resumed = [row for _ in range(2) for row in second.train_epoch()]
+    assert [row | {"seconds": 0} for row in resumed] == [row | {"seconds": 0} for row in rows[2:]]
 
 
 def test_learning_rate_follows_the_milestones() -> None:
