@@ -51,7 +51,7 @@ class Loop:
     def _time_inverses(self, optimizer: KFAC) -> None:
         refresh = optimizer.preconditioner.refresh_inverses
 
-        def timed(damping: float) -> None:
+        def timed(damping: float | Tensor) -> None:
             start = time.thread_time()
             refresh(damping)
             self.inverse_seconds.append(time.thread_time() - start)

@@ -120,6 +120,9 @@ class ExactNaturalGradient(torch.optim.Optimizer):
         self.logits = output
         output.retain_grad()
 
+    def adapt_damping(self, forward: Any, loss: Any) -> None:
+        """λ is fixed."""
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """The loss of each replica must have been back-propagated as its mean over the batch."""

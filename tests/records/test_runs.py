@@ -155,9 +155,9 @@ def test_full_batch_losses_are_read_where_they_were_recorded(write_record: Write
     curves.loc[(curves["seed"] == 1) & (curves["epoch"] == 2), "train_loss"] = math.nan
     curves.to_csv(path, index=False)
     run = load_runs(tmp_path / "runs", "side_by_side")["sgd"]
-    losses = run.full_batch_losses(5)
-    assert losses[0] == 1
-    assert math.isnan(losses[1])
+    first, second = run.full_batch_losses(5).tolist()
+    assert first == 1
+    assert math.isnan(second)
     for epoch in (None, 4, 7):
         with pytest.raises(RecordError, match="no full_batch_loss of epoch"):
             run.full_batch_losses(epoch)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from experiments.problems import DeepLinearMLP
 from experiments.study.directions import CORRECTIONS
 from experiments.study.exact import ExactNaturalGradient, representatives
 from experiments.study.fisher import logit_jacobian
+from experiments.training.trainer import Training, TrainingSettings
 from tests.reference.fisher import restriction
 
 DAMPING, FACTOR = 1e-2, 0.3
@@ -195,3 +197,12 @@ def test_what_it_cannot_do_is_refused(changes: dict[str, Any], options: dict[str
     own = DeepLinearMLP([0], depth=4, train_samples=20, test_samples=5, **changes)
     with pytest.raises(ValueError, match=message):
         first_step(own, settings)
+
+
+def test_it_trains_in_the_trainer() -> None:
+    own = DeepLinearMLP([0, 1], depth=4, train_samples=100, test_samples=20)
+    run = Training(own, partial(ExactNaturalGradient, lr=0.3, damping=1e-4), TrainingSettings(6, 50))
+    rows = [row for _ in range(6) for row in run.train_epoch()]
+    for first, last in zip(rows[:2], rows[-2:], strict=True):
+        assert last["full_batch_loss"] < 0.5 * first["train_loss"]
+        assert 0 < last["block_cosine"] <= 1
