@@ -9,10 +9,12 @@ from experiments.figures.study.decision import RULE, controls_markdown, grid_mar
 from experiments.figures.study.outcomes import chosen_by_test_loss, headline_markdown, headline_table
 from experiments.figures.study.questions import QUESTIONS
 from experiments.figures.study.records import Study
+from experiments.figures.study.upper_bound import chosen_markdown, verdict_markdown
 
 DECISIONS: dict[str, tuple[Callable[[Study], str], ...]] = {
     "1. Equal tuning": (grid_markdown, tuned_markdown),
     "2. What the matrix does, at lengths it does not choose": (controls_markdown,),
+    "3. The upper bound": (chosen_markdown, verdict_markdown),
 }
 
 

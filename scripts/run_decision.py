@@ -12,7 +12,8 @@ from joblib import Parallel, cpu_count, delayed
 
 from experiments.figures.study.decision import finalists
 from experiments.figures.study.records import Study
-from experiments.study.decision import CONTROLS, GRID, Arm
+from experiments.figures.study.upper_bound import contestants
+from experiments.study.decision import CONTROLS, EXACT, GRID, Arm
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = "runs/decision"
@@ -20,8 +21,11 @@ RUNS = "runs/decision"
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = list(sys.argv[1:] if argv is None else argv)
-    train([*CONTROLS.values(), *(arm for arms in GRID.values() for arm in arms.values())], settings)
-    train(finalists(Study(ROOT / RUNS)).values(), settings)
+    exact = [arm for arms in EXACT.values() for arm in arms.values()]
+    grid = [arm for arms in GRID.values() for arm in arms.values()]
+    train([*CONTROLS.values(), *grid, *exact], settings)
+    study = Study(ROOT / RUNS)
+    train([*finalists(study).values(), *contestants(study)], settings)
 
 
 def train(arms: Iterable[Arm], settings: Sequence[str]) -> None:

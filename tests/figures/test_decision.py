@@ -15,10 +15,11 @@ from experiments.figures.study.decision import (
     grid_markdown,
     tuned_markdown,
 )
+from experiments.figures.study.upper_bound import chosen_markdown, contestants, verdict_markdown
 from experiments.figures.study.words import compared, holm, together, word
 from experiments.records import NoRecordsError, Run
 from experiments.study.arms import Arm
-from experiments.study.decision import CONTROLS, GRID, SELECTION, TEST, arm
+from experiments.study.decision import CONTROLS, EXACT, GRID, SELECTION, TEST, arm, exact
 from tests.figures.conftest import run_of
 
 
@@ -131,3 +132,50 @@ def test_a_control_is_compared_with_the_full_direction_at_its_kind_of_length() -
     one_level = text.split("against one level")[1].split("against full, scheduled")[0]
     assert "identity, constant" in one_level
     assert decision.OUTCOMES.keys() >= {"full-batch training loss", "test loss"}
+
+
+def run_to(epochs: Mapping[int, float], seeds: range) -> Run:
+    """Outcomes after epochs, spread a little by seed."""
+    rows = [
+        {
+            "seed": seed,
+            "epoch": epoch,
+            "train_loss": 1.0,
+            "test_loss": 1.0,
+            "full_batch_loss": epochs[epoch] * (1 + 0.001 * math.sin(seed / epochs[epoch]))
+            if epoch in epochs
+            else math.nan,
+            "block_cosine": 0.9,
+            "block_ratio": 50.0,
+        }
+        for seed in seeds
+        for epoch in range(1, 101)
+    ]
+    return run_of(pd.DataFrame(rows).assign(seconds=1.0))
+
+
+@pytest.mark.parametrize("last", [0.9, 1.1])
+def test_the_upper_bound_needs_all_three_epochs(last: float) -> None:
+    """The whole one's best settings differ by epoch; blocks' do not."""
+    early, late, blocks = (1e-6, 0.1), (1e-2, 1.0), (1e-4, 0.3)
+    runs = {
+        each: run_to({5: 2.0, 20: 2.0, 100: 2.0}, SELECTION)
+        for c in ("full", "block_diagonal")
+        for each in EXACT[c].values()
+    }
+    for seeds in (SELECTION, TEST):
+        runs[exact("full", early, seeds)] = run_to({5: 0.5, 20: 0.5, 100: 2.0}, seeds)
+        runs[exact("full", late, seeds)] = run_to({5: 2.0, 20: 2.0, 100: last}, seeds)
+        runs[exact("block_diagonal", blocks, seeds)] = run_to({5: 1.0, 20: 1.0, 100: 1.0}, seeds)
+    study: Any = Trained(runs)
+    assert set(contestants(study)) == {
+        exact("full", early, TEST),
+        exact("full", late, TEST),
+        exact("block_diagonal", blocks, TEST),
+    }
+    text = verdict_markdown(study)
+    assert ("can help" in text) == (last < 0.95)
+    assert ("is not shown" in text) == (last > 0.95)
+    table = chosen_markdown(study)
+    assert "Not trained yet: additive, galerkin, residual_corrected, inverse_of_sum." in table
+    assert "1e-06" in table

@@ -1,7 +1,7 @@
 """What the arms of ``experiments.study.decision`` say, by the rules in results/study/rules.md."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -13,6 +13,7 @@ from experiments.records import Run
 from experiments.study.arms import FULL, ONE_LEVEL, Arm
 from experiments.study.decision import CONTROLS, GRID, LENGTHS, RATES, SELECTION, TEST, Setting, arm
 
+K = TypeVar("K")
 Outcome = Callable[[Run], pd.Series]
 OUTCOMES: dict[str, Outcome] = {
     "full-batch training loss": Run.full_batch_losses,
@@ -32,17 +33,22 @@ def named(setting: Setting) -> str:
     return f"λ {damping:g}, η {rate:g}, μ {momentum:g}"
 
 
-def chosen(study: Study, level: str, outcome: str) -> Setting:
-    """A level's settings of the lowest median outcome on the seeds that choose.
+def lowest(study: Study, arms: Mapping[K, Arm], outcome: Outcome) -> K:
+    """The settings of the lowest median outcome on the seeds that choose.
 
     Raises:
-        NoRecordsError: an arm of the grid is not trained.
+        NoRecordsError: an arm is not trained.
     """
     medians = {
-        setting: final_summary(OUTCOMES[outcome](run).reindex(SELECTION))["median"]
-        for setting, run in study.arms(GRID[level]).items()
+        setting: final_summary(outcome(run).reindex(SELECTION))["median"]
+        for setting, run in study.arms(arms).items()
     }
     return min(medians, key=lambda setting: medians[setting])
+
+
+def chosen(study: Study, level: str, outcome: str) -> Setting:
+    """What a level is compared with, chosen by an outcome."""
+    return lowest(study, GRID[level], OUTCOMES[outcome])
 
 
 def finalists(study: Study) -> dict[tuple[str, str], Arm]:
@@ -94,7 +100,7 @@ def tuned_markdown(study: Study) -> str:
         *((level, column(f"{level} at")) for level in GRID),
         ("outcome", column("outcome")),
         *((f"{level}, median", column(level, "{:.4f}")) for level in GRID),
-        *_comparison("two / one"),
+        *comparison("two / one"),
     ]
     return markdown_table(rows, columns)
 
@@ -123,13 +129,14 @@ def _against(losses: Mapping[str, pd.Series], baseline: str) -> str:
     others = [name for name in losses if name != baseline and (not length or name.endswith(f", {length}"))]
     pairs = together([compared(losses[name], losses[baseline]) for name in others])
     rows = [{"arm": name} | pair for name, pair in zip(others, pairs, strict=True)]
-    return markdown_table(rows, [(f"against {baseline}", column("arm")), *_comparison("ratio"), P])
+    return markdown_table(rows, [(f"against {baseline}", column("arm")), *comparison("ratio"), P])
 
 
 P = ("p (Holm)", column("p", "{:.2g}"))
 
 
-def _comparison(heading: str) -> Columns:
+def comparison(heading: str) -> Columns:
+    """Of ``compared``."""
     return [
         (heading, interval("ratio", "{:.3f}", prefix="")),
         ("pairs below 1", lambda row: f"{row['below']} of {row['seeds']:.0f}"),

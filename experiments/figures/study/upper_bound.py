@@ -1,0 +1,84 @@
+"""Whether curvature between layers can help: the exact natural gradient, whole and in blocks, by the rules."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from experiments.figures.markdown import Columns, column, markdown_table
+from experiments.figures.statistics import final_summary
+from experiments.figures.study.decision import comparison, lowest
+from experiments.figures.study.records import Study
+from experiments.figures.study.words import compared
+from experiments.records import NoRecordsError, Run
+from experiments.study.arms import Arm
+from experiments.study.decision import BLOCKS, EXACT, SELECTION, TEST, WHOLE, Step, exact
+
+EPOCHS = (5, 20, 100)
+CAN_HELP = 0.95
+SHAPE = ("block_cosine", "block_ratio")
+HOW = (
+    "Seeds 0 to 4, each direction at its best λ and factor of that epoch. The last columns are what the block-diagonal "
+    "direction does to the batch's logits, beside the whole one at the same parameters: medians over seeds of the "
+    "epoch's means."
+)
+
+
+def best(study: Study, correction: str, epoch: int) -> Step:
+    """A direction's λ and factor of the lowest median outcome after an epoch."""
+    return lowest(study, EXACT[correction], partial(Run.full_batch_losses, epoch=epoch))
+
+
+def contestants(study: Study) -> list[Arm]:
+    """What is compared: whole and blocks, each at its best of every epoch, on the seeds that compare."""
+    chosen = [exact(c, best(study, c, epoch), TEST) for c in (WHOLE, BLOCKS) for epoch in EPOCHS]
+    return list(dict.fromkeys(chosen))
+
+
+def chosen_markdown(study: Study) -> str:
+    """For each direction that is trained: its best after each epoch, on the seeds that choose."""
+    rows, missing = [], []
+    for correction in EXACT:
+        try:
+            rows += [_chosen_row(study, correction, epoch) for epoch in EPOCHS]
+        except NoRecordsError:
+            missing.append(correction)
+    if not rows:
+        raise NoRecordsError("no direction is trained at all of its settings")
+    columns: Columns = [
+        ("direction", column("direction")),
+        ("epoch", column("epoch")),
+        ("λ", column("λ", "{:g}")),
+        ("factor", column("factor", "{:g}")),
+        ("full-batch training loss, median", column("median", "{:.4f}")),
+        ("range", lambda row: f"{row['lowest']:.4f}-{row['highest']:.4f}"),
+        ("cosine of blocks and whole", column("block_cosine", "{:.3f}")),
+        ("length ratio", column("block_ratio", "{:.1f}")),
+    ]
+    text = f"{HOW}\n\n{markdown_table(rows, columns)}"
+    return text + (f"\n\nNot trained yet: {', '.join(missing)}." if missing else "")
+
+
+def verdict_markdown(study: Study) -> str:
+    """Whole against blocks on seeds that chose nothing, and what the rule makes of it."""
+    rows: list[Mapping[str, Any]] = []
+    for epoch in EPOCHS:
+        whole, blocks = (
+            study.run(exact(c, best(study, c, epoch), TEST)).full_batch_losses(epoch) for c in (WHOLE, BLOCKS)
+        )
+        rows.append({"epoch": epoch, **compared(whole, blocks)})
+    can = all(row["high"] < CAN_HELP for row in rows)
+    said = "can help" if can else "is not shown to be able to help"
+    table = markdown_table(rows, [("epoch", column("epoch")), *comparison("whole / blocks")])
+    return f"{table}\n\nBy the rule, cross-layer curvature **{said}** here."
+
+
+def _chosen_row(study: Study, correction: str, epoch: int) -> dict[str, Any]:
+    damping, factor = step = best(study, correction, epoch)
+    run = study.run(EXACT[correction][step])
+    losses = run.full_batch_losses(epoch).reindex(SELECTION)
+    shape = {name: run.table(name).loc[epoch].median() for name in SHAPE}
+    return (
+        {"direction": correction, "epoch": epoch, "λ": damping, "factor": factor}
+        | final_summary(losses)
+        | shape
+    )
