@@ -2,10 +2,12 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from experiments.figures import NoRecordsError, RecordError, save_figure
 from experiments.figures.study.decision import RULE, controls_markdown, grid_markdown, tuned_markdown
+from experiments.figures.study.decision_figure import decision_figure
 from experiments.figures.study.outcomes import chosen_by_test_loss, headline_markdown, headline_table
 from experiments.figures.study.questions import QUESTIONS
 from experiments.figures.study.records import Study
@@ -43,8 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     tables.write_text("\n\n".join(["# The study's tables", *sections]) + "\n", encoding="utf-8")
     print(f"wrote {tables}")
     decision = arguments.output / "decision.md"
-    decision.write_text(_decisions(Study(arguments.records / "decision")) + "\n", encoding="utf-8")
+    decided = Study(arguments.records / "decision")
+    decision.write_text(_decisions(decided) + "\n", encoding="utf-8")
     print(f"wrote {decision}")
+    with suppress(NoRecordsError):
+        save_figure(decision_figure(decided), arguments.output, "decision")
     if missing:
         raise SystemExit(f"error: not answered: question {', '.join(map(str, missing))}")
 
