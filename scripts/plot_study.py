@@ -6,7 +6,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from experiments.figures import NoRecordsError, RecordError, save_figure
-from experiments.figures.study.decision import RULE, controls_markdown, grid_markdown, tuned_markdown
+from experiments.figures.study.decision import (
+    RULE,
+    controls_markdown,
+    grid_markdown,
+    paper_markdown,
+    tuned_markdown,
+)
 from experiments.figures.study.decision_figure import decision_figure
 from experiments.figures.study.outcomes import chosen_by_test_loss, headline_markdown, headline_table
 from experiments.figures.study.questions import QUESTIONS
@@ -14,6 +20,7 @@ from experiments.figures.study.records import Study
 from experiments.figures.study.upper_bound import chosen_markdown, verdict_markdown
 
 DECISIONS: dict[str, tuple[Callable[[Study], str], ...]] = {
+    "The paper's settings": (paper_markdown,),
     "1. Equal tuning": (grid_markdown, tuned_markdown),
     "2. What the matrix does, at lengths it does not choose": (controls_markdown,),
     "3. The upper bound": (chosen_markdown, verdict_markdown),

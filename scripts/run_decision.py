@@ -13,7 +13,7 @@ from joblib import Parallel, cpu_count, delayed
 from experiments.figures.study.decision import finalists
 from experiments.figures.study.records import Study
 from experiments.figures.study.upper_bound import contestants
-from experiments.study.decision import CONTROLS, EXACT, GRID, Arm
+from experiments.study.decision import CONTROLS, EXACT, GRID, PAPERS, REPEATED, Arm
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = "runs/decision"
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = list(sys.argv[1:] if argv is None else argv)
     exact = [arm for arms in EXACT.values() for arm in arms.values()]
     grid = [arm for arms in GRID.values() for arm in arms.values()]
-    train([*CONTROLS.values(), *grid, *exact], settings)
+    train([*PAPERS.values(), *REPEATED.values(), *grid, *CONTROLS.values(), *exact], settings)
     study = Study(ROOT / RUNS)
     train([*finalists(study).values(), *contestants(study)], settings)
 

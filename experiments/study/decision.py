@@ -21,6 +21,10 @@ def arm(level: str, setting: Setting, seeds: range = SELECTION) -> Arm:
     return replace(chosen, seeds=len(seeds), first=seeds.start)
 
 
+# The paper's settings, and beside how many other seeds they are trained again: what rounding does to the outcome.
+PAPERS = {level: build() for level, build in LEVELS.items()}
+REPEATED = {level: build(seeds=len(SELECTION)) for level, build in LEVELS.items()}
+
 # Hypothesis 1: equal tuning.
 GRID: dict[str, dict[Setting, Arm]] = {
     level: {setting: arm(level, setting) for setting in product(DAMPINGS, RATES, MOMENTA)} for level in LEVELS
@@ -41,8 +45,8 @@ DIRECTIONS = (
 )
 LENGTHS = ("scheduled", "constant")
 CONTROLS: dict[str, Arm] = {
-    ONE_LEVEL: one(),
-    FULL: two(),
+    ONE_LEVEL: PAPERS["one level"],
+    FULL: PAPERS["two levels"],
     **{
         f"{direction}, {length}": variant(f"{direction}_{length}")
         for length in LENGTHS
@@ -51,7 +55,7 @@ CONTROLS: dict[str, Arm] = {
 }
 
 # Hypothesis 3: the upper bound, exact natural gradient; first what the rule compares, then the corrections.
-FACTORS, EXACT_DAMPINGS = (0.1, 0.3, 1.0), (1e-6, 1e-4, 1e-2)
+FACTORS, EXACT_DAMPINGS = (0.1, 0.3, 1.0), (1e-6, 1e-4, 1e-2, 1.0)
 RECIPE: dict[str, Any] = {
     "correction": "full",
     "lr": 0.3,

@@ -13,13 +13,14 @@ from experiments.figures.study.decision import (
     controls_markdown,
     finalists,
     grid_markdown,
+    paper_markdown,
     tuned_markdown,
 )
 from experiments.figures.study.upper_bound import chosen_markdown, contestants, verdict_markdown
 from experiments.figures.study.words import compared, holm, together, word
 from experiments.records import NoRecordsError, Run
 from experiments.study.arms import Arm
-from experiments.study.decision import CONTROLS, EXACT, GRID, SELECTION, TEST, arm, exact
+from experiments.study.decision import CONTROLS, EXACT, GRID, PAPERS, REPEATED, SELECTION, TEST, arm, exact
 from tests.figures.conftest import run_of
 
 
@@ -119,6 +120,26 @@ def test_each_outcome_chooses_its_own_settings_and_other_seeds_compare_them() ->
     runs.pop(GRID["one level"][best])
     with pytest.raises(NoRecordsError):
         finalists(study)
+
+
+def test_the_paper_s_settings_and_how_well_they_repeat() -> None:
+    runs = {
+        PAPERS["one level"]: run_with(0.2, 0.2, range(10)),
+        PAPERS["two levels"]: run_with(0.1, 0.3, range(10)),
+    }
+    runs |= {REPEATED[level]: run_with(0.2 * 1.1, 0.2, SELECTION) for level in REPEATED}
+    first, second, _ = paper_markdown(Trained(runs)).splitlines()[4:]  # pyright: ignore[reportArgumentType]
+    assert "0.500 [0.500, 0.50" in first
+    assert "ahead" in first
+    assert "behind" in second
+    repeated = [float(cell) for cell in first.split("|")[-3:-1]]
+    own = math.log(1.1) + pd.Series(
+        [run_with(0.22, 1, SELECTION).full_batch_losses()[s] / 0.22 for s in SELECTION]
+    ).map(math.log)
+    base = pd.Series([run_with(0.2, 1, SELECTION).full_batch_losses()[s] / 0.2 for s in SELECTION]).map(
+        math.log
+    )
+    assert repeated[0] == pytest.approx((own - base).std(), abs=6e-4)
 
 
 def test_a_control_is_compared_with_the_full_direction_at_its_kind_of_length() -> None:

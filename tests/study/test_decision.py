@@ -69,4 +69,4 @@ def test_the_exact_arms_are_those_of_the_rules_and_their_recipe_s() -> None:
         assert run_path(config) == Path("runs/decision/deep_linear_mlp") / where
         assert (config.optimizer.lr, config.optimizer.weight_decay, config.optimizer.momentum) == (0.3, 0, 0)
     assert EXACT.keys() == CORRECTIONS.keys()
-    assert {len(arms) for arms in EXACT.values()} == {9}
+    assert {len(arms) for arms in EXACT.values()} == {12}

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
 import pandas as pd
 
 from experiments.figures.markdown import Columns, column, interval, markdown_table
@@ -11,7 +12,18 @@ from experiments.figures.study.records import Study
 from experiments.figures.study.words import compared, together
 from experiments.records import Run
 from experiments.study.arms import FULL, ONE_LEVEL, Arm
-from experiments.study.decision import CONTROLS, GRID, LENGTHS, RATES, SELECTION, TEST, Setting, arm
+from experiments.study.decision import (
+    CONTROLS,
+    GRID,
+    LENGTHS,
+    PAPERS,
+    RATES,
+    REPEATED,
+    SELECTION,
+    TEST,
+    Setting,
+    arm,
+)
 
 K = TypeVar("K")
 Outcome = Callable[[Run], pd.Series]
@@ -58,6 +70,30 @@ def finalists(study: Study) -> dict[tuple[str, str], Arm]:
         for outcome in SELECTED_BY
         for level in GRID
     }
+
+
+def paper_markdown(study: Study) -> str:
+    """Two levels against one at the paper's settings, and how well an outcome repeats."""
+    runs, again = study.arms(PAPERS), study.arms(REPEATED)
+    rows = []
+    for outcome, losses in OUTCOMES.items():
+        own = {level: losses(run) for level, run in runs.items()}
+        spread = {
+            f"{level}, spread": float(np.log(losses(again[level]) / own[level].reindex(SELECTION)).std())
+            for level in runs
+        }
+        medians = {level: final_summary(values)["median"] for level, values in own.items()}
+        rows.append({"outcome": outcome, **medians, **compared(own[TWO], own[ONE]), **spread})
+    columns: Columns = [
+        ("outcome", column("outcome")),
+        *((f"{level}, median", column(level, "{:.4f}")) for level in GRID),
+        *comparison("two / one"),
+        *((f"repeatability, {level}", column(f"{level}, spread", "{:.3f}")) for level in GRID),
+    ]
+    return (
+        "Seeds 0 to 9. Repeatability: the standard deviation over seeds 0 to 4 of the logarithm of the ratio between "
+        f"two trainings that differ in rounding alone.\n\n{markdown_table(rows, columns)}"
+    )
 
 
 def grid_markdown(study: Study) -> str:
