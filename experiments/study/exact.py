@@ -57,10 +57,19 @@ def linearise(
 
 
 def representatives(inputs: Tensor) -> Tensor:
-    """``d + 1`` points ``(R, d, d + 1)`` with the mean and the covariance of ``inputs`` ``(R, d, B)``: a simplex."""
+    """``d + 1`` points ``(R, d, d + 1)`` with the mean and the covariance of ``inputs`` ``(R, d, B)``: a simplex.
+
+    Raises:
+        ValueError: fewer inputs than points.
+    """
     mean = inputs.mean(-1, keepdim=True)
     centred = inputs - mean
     size = inputs.shape[1]
+    if inputs.shape[-1] <= size:
+        raise ValueError(
+            f"a batch of {inputs.shape[-1]} samples of {size} features has no definite covariance: make "
+            f"training.batch_size, and what it leaves for an epoch's last batch, at least {size + 1}"
+        )
     root = torch.linalg.cholesky(centred @ centred.mT / inputs.shape[-1])
     simplex = torch.as_tensor(helmert(size + 1)).to(inputs) * (size + 1) ** 0.5
     return mean + root @ simplex

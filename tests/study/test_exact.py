@@ -22,15 +22,16 @@ Dense = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def problem(seeds: list[int]) -> tuple[Any, Any]:
-    """Three hidden layers in float64, with scales and shifts that are not one and zero, and its first batch."""
-    own = DeepLinearMLP(seeds, depth=3, train_samples=60, test_samples=5)
+    """Three hidden layers, narrower than the inputs, in float64, and its first batch; scales and shifts are not one
+    and zero."""
+    own = DeepLinearMLP(seeds, depth=3, width=7, train_samples=60, test_samples=5)
     own.model.double()
     with torch.no_grad():
         for norm in own.model.modules():
             if hasattr(norm, "running_mean"):
                 generator = torch.Generator().manual_seed(1)
                 for parameter in (norm.weight, norm.bias):
-                    noise = torch.rand(10, generator=generator).double() - 0.5
+                    noise = torch.rand(7, generator=generator).double() - 0.5
                     parameter.add_(noise.repeat(len(seeds)))  # pyright: ignore[reportCallIssue]
     return own, (own.train_inputs.double().mT.contiguous(), own.train_targets.double())
 
@@ -187,6 +188,7 @@ def test_one_layer_with_nothing_between_is_no_correction_away_from_the_full_step
     [
         ({"activation": "relu"}, {}, "linear layers with batch norm"),
         ({"batch_norm": False}, {}, "linear layers with batch norm"),
+        ({"train_samples": 10}, {}, "at least 11"),
         ({}, {"correction": "half"}, "choose from full, block_diagonal"),
         ({}, {"momentum": 0.9}, "no momentum"),
         ({}, {"damping": 0.0}, "must be positive"),
@@ -194,7 +196,8 @@ def test_one_layer_with_nothing_between_is_no_correction_away_from_the_full_step
 )
 def test_what_it_cannot_do_is_refused(changes: dict[str, Any], options: dict[str, Any], message: str) -> None:
     settings: dict[str, Any] = {"damping": 1e-2} | options
-    own = DeepLinearMLP([0], depth=4, train_samples=20, test_samples=5, **changes)
+    sizes: dict[str, Any] = {"depth": 4, "train_samples": 20, "test_samples": 5}
+    own = DeepLinearMLP([0], **(sizes | changes))
     with pytest.raises(ValueError, match=message):
         first_step(own, settings)
 
