@@ -11,7 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 
 IDENTITY = ("problem", "optimizer", "training", "seeds", "device", "threads")
 BOOKKEEPING = ("label", "data")  # what is said of the images and where they lie
-LATER = {"coarse_damping": "identity", "coarse_max_ratio": None, "compile": False, "adaptive_damping": False}
+LATER = {
+    **{"coarse_damping": "identity", "coarse_max_ratio": None, "compile": False, "adaptive_damping": False},
+    "layer_norm": False,
+}
 """Settings that the first records do not name, with the value that those were made with: it goes unsaid."""
 LONGEST_NAME = 150
 

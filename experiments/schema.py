@@ -27,6 +27,7 @@ class DeepLinearMLPConfig:
     depth: int = MISSING
     width: int = MISSING
     batch_norm: bool = MISSING
+    layer_norm: bool = False
     activation: str = MISSING
     train_samples: int = MISSING
     test_samples: int = MISSING

@@ -89,6 +89,24 @@ class ReplicatedBatchNorm(nn.Module):
         return f"replicas={self.replicas}, {self.features}"
 
 
+class ReplicatedLayerNorm(nn.Module):
+    """``torch.nn.LayerNorm`` over the features for each replica, on ``(R, features, B)``: samples do not interact."""
+
+    def __init__(self, replicas: int, features: int, eps: float = 1e-5):
+        super().__init__()
+        self.replicas, self.features, self.eps = replicas, features, eps
+        self.weight = nn.Parameter(torch.ones(replicas, features))
+        self.bias = nn.Parameter(torch.zeros(replicas, features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(R, features, B)``, each sample of each replica normalised by itself."""
+        normalised = F.layer_norm(x.mT, (self.features,), eps=self.eps).mT
+        return torch.addcmul(self.bias[..., None], normalised, self.weight[..., None])
+
+    def extra_repr(self) -> str:
+        return f"replicas={self.replicas}, {self.features}"
+
+
 class ReplicatedSequential(nn.Sequential):
     """``nn.Sequential`` that updates the running statistics of all its norms at once.
 

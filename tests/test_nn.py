@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kfac2.nn import ReplicatedBatchNorm, ReplicatedLinear, ReplicatedSequential
+from kfac2.nn import ReplicatedBatchNorm, ReplicatedLayerNorm, ReplicatedLinear, ReplicatedSequential
 
 close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-10)
 REPLICAS, FEATURES, SAMPLES = 3, 4, 6
@@ -177,3 +177,14 @@ def test_norms_outside_a_replicated_sequential_keep_their_statistics_too(nest: t
     for _ in range(2):
         close(outside(x), inside(x))
     close(outside.eval()(x), inside.eval()(x))
+
+
+def test_layer_norm_is_torch_s_by_sample_and_replica() -> None:
+    norm = ReplicatedLayerNorm(REPLICAS, FEATURES).double()
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(REPLICAS, FEATURES, SAMPLES).double()
+    for r, own in enumerate(norm(x)):
+        twin = nn.LayerNorm(FEATURES, eps=norm.eps).double()
+        twin.load_state_dict({name: p[r] for name, p in norm.named_parameters()})
+        close(own, twin(x[r].mT).mT)

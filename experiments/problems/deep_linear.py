@@ -1,13 +1,13 @@
 """The deep linear MLP with planted targets (Section 4 of the paper)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac2.nn import ReplicatedBatchNorm, ReplicatedLinear, ReplicatedSequential
+from kfac2.nn import ReplicatedBatchNorm, ReplicatedLayerNorm, ReplicatedLinear, ReplicatedSequential
 
 ACTIVATIONS = {"identity": nn.Identity, "relu": nn.ReLU, "tanh": nn.Tanh}
 INPUTS = 10
@@ -20,7 +20,7 @@ class ReplicatedMLP(nn.Module):
         self,
         depth: int,
         width: int,
-        batch_norm: bool,
+        norm: Callable[[int, int], nn.Module] | None,
         activation: str,
         generators: list[torch.Generator],
     ):
@@ -29,8 +29,8 @@ class ReplicatedMLP(nn.Module):
         modules: list[nn.Module] = []
         for fan_in in [INPUTS] + [width] * (depth - 1):
             modules.append(ReplicatedLinear(replicas, fan_in, width, generators=generators))
-            if batch_norm:
-                modules.append(ReplicatedBatchNorm(replicas, width))
+            if norm is not None:
+                modules.append(norm(replicas, width))
             if activation != "identity":
                 modules.append(ACTIVATIONS[activation]())
         modules.append(ReplicatedLinear(replicas, width, 1, generators=generators))
@@ -48,7 +48,7 @@ class DeepLinearMLP:
     paper's.
 
     Raises:
-        ValueError: no or repeated seeds, sizes that are not positive, an unknown activation.
+        ValueError: no or repeated seeds, sizes that are not positive, an unknown activation, both norms.
     """
 
     likelihood = "bernoulli"
@@ -65,6 +65,7 @@ class DeepLinearMLP:
         train_samples: int = 25_000,
         test_samples: int = 2_500,
         device: torch.device | str = "cpu",
+        layer_norm: bool = False,
     ):
         self.seeds = list(seeds)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -75,11 +76,14 @@ class DeepLinearMLP:
                 raise ValueError(f"{name} must be positive, got {value}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}: choose from {', '.join(ACTIVATIONS)}")
+        if batch_norm and layer_norm:
+            raise ValueError("a network has one kind of norm: set problem.batch_norm or layer_norm to false")
+        norm = ReplicatedBatchNorm if batch_norm else ReplicatedLayerNorm if layer_norm else None
         self._generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         train, test = zip(*[_planted(g, train_samples, test_samples) for g in self._generators], strict=True)
         self.train_inputs, self.train_targets = _stack(train, device)
         self.test_inputs, self.test_targets = _stack(test, device)
-        self.model = ReplicatedMLP(depth, width, batch_norm, activation, self._generators).to(device)
+        self.model = ReplicatedMLP(depth, width, norm, activation, self._generators).to(device)
         self.label_generators = [
             torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=g)))
             for g in self._generators

@@ -6,6 +6,8 @@ matrices (Woodbury). R replicas side by side, float64.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -19,7 +21,8 @@ class Direction(NamedTuple):
     b: Tensor
 
 
-class Curvature(NamedTuple):
+@dataclass(frozen=True)
+class Curvature:
     """What a batch says of the layers' weights; all float64."""
 
     r: Tensor
@@ -60,9 +63,16 @@ class Curvature(NamedTuple):
         """``Z F Zᵀ``, ``(R, L, L)``."""
         return self.m @ self.S @ self.m.mT
 
+    @cached_property
+    def _blocks(self) -> tuple[Tensor, Tensor]:
+        """LU factors of ``λI + S T_i``, most of a step's time where K is large; NaN in a diverged replica."""
+        matrices = self.S[:, None] @ self.T
+        matrices.diagonal(dim1=-2, dim2=-1).add_(self.damping)
+        return torch.linalg.lu_factor_ex(matrices)[:2]
+
     def blocks_solve(self, rhs: Tensor) -> Tensor:
         """``(λI + S T_i)⁻¹`` of each layer, on ``(R, L, K)``: ``P_i M_iᵀ rhs = M_iᵀ`` of this."""
-        return solve(self.S[:, None] @ self.T + self.damping * identity(self.S), rhs)
+        return torch.linalg.lu_solve(*self._blocks, rhs[..., None]).squeeze(-1)
 
     def blocks_of_ones(self) -> Direction:
         """``P_i 1`` in each layer, by Woodbury."""

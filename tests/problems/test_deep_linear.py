@@ -99,7 +99,15 @@ def test_initialisation_is_he_uniform_and_the_paper_s_size() -> None:
     assert stacked.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
 
 
-@pytest.mark.parametrize("options", [{"activation": "relu"}, {"activation": "tanh"}, {"batch_norm": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activation": "relu"},
+        {"activation": "tanh"},
+        {"batch_norm": False},
+        {"batch_norm": False, "layer_norm": True},
+    ],
+)
 def test_variants_run(options: dict) -> None:
     problem = DeepLinearMLP([0, 1], width=7, **SMALL, **options)
     inputs, targets = next(problem.train_batches(16))
@@ -114,6 +122,7 @@ def test_variants_run(options: dict) -> None:
         ({"seeds": []}, "seeds must be distinct"),
         ({"seeds": [1, 1]}, "seeds must be distinct"),
         ({"depth": 0}, "depth must be positive"),
+        ({"layer_norm": True}, "one kind of norm"),
         ({"activation": "gelu"}, "choose from identity, relu, tanh"),
     ],
 )
