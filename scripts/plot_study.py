@@ -3,9 +3,11 @@
 import argparse
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from experiments.figures import NoRecordsError, RecordError, save_figure
+from experiments.figures.study.bound_figure import upper_bound_figure
 from experiments.figures.study.decision import (
     RULE,
     controls_markdown,
@@ -18,12 +20,16 @@ from experiments.figures.study.outcomes import chosen_by_test_loss, headline_mar
 from experiments.figures.study.questions import QUESTIONS
 from experiments.figures.study.records import Study
 from experiments.figures.study.upper_bound import chosen_markdown, verdict_markdown
+from experiments.study.decision import DEEP_LINEAR, LAYER_NORM
 
 DECISIONS: dict[str, tuple[Callable[[Study], str], ...]] = {
     "The paper's settings": (paper_markdown,),
     "1. Equal tuning": (grid_markdown, tuned_markdown),
     "2. What the matrix does, at lengths it does not choose": (controls_markdown,),
-    "3. The upper bound": (chosen_markdown, verdict_markdown),
+    **{
+        f"3. The upper bound{where}": (partial(chosen_markdown, net=net), partial(verdict_markdown, net=net))
+        for where, net in (("", DEEP_LINEAR), (", ReLU with layer norm", LAYER_NORM))
+    },
 }
 
 
@@ -55,8 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     decided = Study(arguments.records / "decision")
     decision.write_text(_decisions(decided) + "\n", encoding="utf-8")
     print(f"wrote {decision}")
-    with suppress(NoRecordsError):
-        save_figure(decision_figure(decided), arguments.output, "decision")
+    for name, draw in (("decision", decision_figure), ("upper_bound", upper_bound_figure)):
+        with suppress(NoRecordsError):
+            save_figure(draw(decided), arguments.output, name)
     if missing:
         raise SystemExit(f"error: not answered: question {', '.join(map(str, missing))}")
 

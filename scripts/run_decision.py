@@ -21,11 +21,11 @@ RUNS = "runs/decision"
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = list(sys.argv[1:] if argv is None else argv)
-    exact = [arm for arms in EXACT.values() for arm in arms.values()]
+    exact = [arm for grids in EXACT.values() for arms in grids.values() for arm in arms.values()]
     grid = [arm for arms in GRID.values() for arm in arms.values()]
     train([*PAPERS.values(), *REPEATED.values(), *grid, *CONTROLS.values(), *exact], settings)
     study = Study(ROOT / RUNS)
-    train([*finalists(study).values(), *contestants(study)], settings)
+    train([*finalists(study).values(), *(arm for net in EXACT for arm in contestants(study, net))], settings)
 
 
 def train(arms: Iterable[Arm], settings: Sequence[str]) -> None:

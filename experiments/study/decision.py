@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.study.arms import FULL, ONE_LEVEL, Arm, one, two, variant
 
@@ -55,7 +55,8 @@ CONTROLS: dict[str, Arm] = {
 }
 
 # Hypothesis 3: the upper bound, exact natural gradient; first what the rule compares, then the corrections.
-FACTORS, EXACT_DAMPINGS = (0.1, 0.3, 1.0), (1e-6, 1e-4, 1e-2, 1.0)
+FACTORS = (0.1, 0.3, 1.0)
+CORRECTED = ("additive", "galerkin", "residual_corrected", "inverse_of_sum")
 RECIPE: dict[str, Any] = {
     "correction": "full",
     "lr": 0.3,
@@ -65,15 +66,30 @@ Step = tuple[float, float]
 """λ, and the factor on the model-optimal step."""
 
 
-def exact(correction: str, step: Step, seeds: range = SELECTION) -> Arm:
+class Net(NamedTuple):
+    """A problem that the upper bound is asked of, the λ that are tried, and the epochs after which it is compared."""
+
+    problem: str
+    dampings: tuple[float, ...]
+    epochs: tuple[int, ...]
+
+
+DEEP_LINEAR = Net("deep_linear_mlp", (1e-6, 1e-4, 1e-2, 1.0), (5, 20, 100))
+LAYER_NORM = Net("layer_norm_mlp", (1e-4, 1e-2, 1.0), (5, 10, 20))
+
+
+def exact(correction: str, step: Step, seeds: range = SELECTION, net: Net = DEEP_LINEAR) -> Arm:
     damping, factor = step
     own = {"correction": correction, "lr": factor, "damping": damping}
     changes = tuple(sorted((key, value) for key, value in own.items() if value != RECIPE[key]))
-    return Arm("exact_natural_gradient", changes, len(seeds), first=seeds.start)
+    return Arm("exact_natural_gradient", changes, len(seeds), net.problem, seeds.start)
 
 
 WHOLE, BLOCKS = "full", "block_diagonal"
-EXACT: dict[str, dict[Step, Arm]] = {
-    correction: {step: exact(correction, step) for step in product(EXACT_DAMPINGS, FACTORS)}
-    for correction in (WHOLE, BLOCKS, "additive", "galerkin", "residual_corrected", "inverse_of_sum")
+EXACT: dict[Net, dict[str, dict[Step, Arm]]] = {
+    net: {
+        correction: {step: exact(correction, step, net=net) for step in product(net.dampings, FACTORS)}
+        for correction in (WHOLE, BLOCKS, *CORRECTED)
+    }
+    for net in (DEEP_LINEAR, LAYER_NORM)
 }

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from experiments.figures.study import decision
+from experiments.figures.study.bound_figure import upper_bound_figure
 from experiments.figures.study.decision import (
     chosen,
     controls_markdown,
@@ -20,7 +21,18 @@ from experiments.figures.study.upper_bound import chosen_markdown, contestants, 
 from experiments.figures.study.words import compared, holm, together, word
 from experiments.records import NoRecordsError, Run
 from experiments.study.arms import Arm
-from experiments.study.decision import CONTROLS, EXACT, GRID, PAPERS, REPEATED, SELECTION, TEST, arm, exact
+from experiments.study.decision import (
+    CONTROLS,
+    DEEP_LINEAR,
+    EXACT,
+    GRID,
+    PAPERS,
+    REPEATED,
+    SELECTION,
+    TEST,
+    arm,
+    exact,
+)
 from tests.figures.conftest import run_of
 
 
@@ -182,21 +194,26 @@ def test_the_upper_bound_needs_all_three_epochs(last: float) -> None:
     runs = {
         each: run_to({5: 2.0, 20: 2.0, 100: 2.0}, SELECTION)
         for c in ("full", "block_diagonal")
-        for each in EXACT[c].values()
+        for each in EXACT[DEEP_LINEAR][c].values()
     }
     for seeds in (SELECTION, TEST):
         runs[exact("full", early, seeds)] = run_to({5: 0.5, 20: 0.5, 100: 2.0}, seeds)
         runs[exact("full", late, seeds)] = run_to({5: 2.0, 20: 2.0, 100: last}, seeds)
         runs[exact("block_diagonal", blocks, seeds)] = run_to({5: 1.0, 20: 1.0, 100: 1.0}, seeds)
     study: Any = Trained(runs)
-    assert set(contestants(study)) == {
+    assert set(contestants(study, DEEP_LINEAR)) == {
         exact("full", early, TEST),
         exact("full", late, TEST),
         exact("block_diagonal", blocks, TEST),
     }
-    text = verdict_markdown(study)
+    text = verdict_markdown(study, DEEP_LINEAR)
     assert ("can help" in text) == (last < 0.95)
+    assert text.count("| test loss") == 3
     assert ("is not shown" in text) == (last > 0.95)
-    table = chosen_markdown(study)
+    table = chosen_markdown(study, DEEP_LINEAR)
+    loss, cosine, length = upper_bound_figure(study).axes
+    assert [line.get_label() for line in loss.lines] == ["full", "block diagonal"]
+    assert [line.get_label() for line in length.lines] == ["along full", "along block diagonal"]
+    assert set(cosine.lines[0].get_ydata()) == {0.9}  # pyright: ignore[reportArgumentType]
     assert "Not trained yet: additive, galerkin, residual_corrected, inverse_of_sum." in table
     assert "1e-06" in table

@@ -60,13 +60,15 @@ def test_each_arm_is_trained_once_and_all_of_them_although_one_fails(monkeypatch
 
 
 def test_the_exact_arms_are_those_of_the_rules_and_their_recipe_s() -> None:
-    with initialize_config_dir(CONFIGS, version_base="1.3"):
-        recipe = compose("train", ["optimizer=exact_natural_gradient"]).optimizer
-        assert {key: recipe[key] for key in RECIPE} == RECIPE
-        _, _, _, *overrides = RUN["command"](exact("galerkin", (1e-6, 0.3)), [])
-        config = compose("train", overrides)
-        where = "exact_natural_gradient/correction=galerkin,damping=1e-06"
-        assert run_path(config) == Path("runs/decision/deep_linear_mlp") / where
+    for net, directions in EXACT.items():
+        with initialize_config_dir(CONFIGS, version_base="1.3"):
+            base = compose("train", ["optimizer=exact_natural_gradient", f"problem={net.problem}"])
+            assert {key: base.optimizer[key] for key in RECIPE} == RECIPE
+            assert base.training.epochs == net.epochs[-1]
+            _, _, _, *overrides = RUN["command"](exact("galerkin", (1e-6, 0.3), net=net), [])
+            config = compose("train", overrides)
+            where = Path(net.problem) / "exact_natural_gradient" / "correction=galerkin,damping=1e-06"
+            assert run_path(config) == "runs/decision" / where
         assert (config.optimizer.lr, config.optimizer.weight_decay, config.optimizer.momentum) == (0.3, 0, 0)
-    assert EXACT.keys() == CORRECTIONS.keys()
-    assert {len(arms) for arms in EXACT.values()} == {12}
+        assert directions.keys() == CORRECTIONS.keys()
+        assert {len(arms) for arms in directions.values()} == {3 * len(net.dampings)}

@@ -1,20 +1,28 @@
 """Whether curvature between layers can help: the exact natural gradient, whole and in blocks, by the rules."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
+
+import pandas as pd
 
 from experiments.figures.markdown import Columns, column, markdown_table
 from experiments.figures.statistics import final_summary
 from experiments.figures.study.decision import comparison, lowest
 from experiments.figures.study.records import Study
 from experiments.figures.study.words import compared
-from experiments.records import NoRecordsError, Run
+from experiments.records import FINAL_EPOCHS, NoRecordsError, Run
 from experiments.study.arms import Arm
-from experiments.study.decision import BLOCKS, EXACT, SELECTION, TEST, WHOLE, Step, exact
+from experiments.study.decision import BLOCKS, EXACT, SELECTION, TEST, WHOLE, Net, Step, exact
 
-EPOCHS = (5, 20, 100)
 CAN_HELP = 0.95
+OUTCOMES: dict[str, Callable[[Run, int], pd.Series]] = {
+    "full-batch training loss": Run.full_batch_losses,
+    "test loss": lambda run, epoch: (
+        run.table("test_loss").loc[:epoch].tail(FINAL_EPOCHS).median(skipna=False)
+    ),
+}
+"""The rule's, which also chooses; and a seed's median over the epochs up to then."""
 SHAPE = ("block_cosine", "block_ratio")
 HOW = (
     "Seeds 0 to 4, each direction at its best λ and factor of that epoch. The last columns are what the block-diagonal "
@@ -23,23 +31,28 @@ HOW = (
 )
 
 
-def best(study: Study, correction: str, epoch: int) -> Step:
+def best(study: Study, net: Net, correction: str, epoch: int) -> Step:
     """A direction's λ and factor of the lowest median outcome after an epoch."""
-    return lowest(study, EXACT[correction], partial(Run.full_batch_losses, epoch=epoch))
+    return lowest(study, EXACT[net][correction], partial(Run.full_batch_losses, epoch=epoch))
 
 
-def contestants(study: Study) -> list[Arm]:
-    """What is compared: whole and blocks, each at its best of every epoch, on the seeds that compare."""
-    chosen = [exact(c, best(study, c, epoch), TEST) for c in (WHOLE, BLOCKS) for epoch in EPOCHS]
+def contestant(study: Study, net: Net, correction: str, epoch: int) -> Arm:
+    """A direction at its best of an epoch, on the seeds that compare."""
+    return exact(correction, best(study, net, correction, epoch), TEST, net)
+
+
+def contestants(study: Study, net: Net) -> list[Arm]:
+    """What is compared: whole and blocks, each at its best of every epoch."""
+    chosen = [contestant(study, net, c, epoch) for c in (WHOLE, BLOCKS) for epoch in net.epochs]
     return list(dict.fromkeys(chosen))
 
 
-def chosen_markdown(study: Study) -> str:
+def chosen_markdown(study: Study, net: Net) -> str:
     """For each direction that is trained: its best after each epoch, on the seeds that choose."""
     rows, missing = [], []
-    for correction in EXACT:
+    for correction in EXACT[net]:
         try:
-            rows += [_chosen_row(study, correction, epoch) for epoch in EPOCHS]
+            rows += [_chosen_row(study, net, correction, epoch) for epoch in net.epochs]
         except NoRecordsError:
             missing.append(correction)
     if not rows:
@@ -58,23 +71,25 @@ def chosen_markdown(study: Study) -> str:
     return text + (f"\n\nNot trained yet: {', '.join(missing)}." if missing else "")
 
 
-def verdict_markdown(study: Study) -> str:
-    """Whole against blocks on seeds that chose nothing, and what the rule makes of it."""
-    rows: list[Mapping[str, Any]] = []
-    for epoch in EPOCHS:
-        whole, blocks = (
-            study.run(exact(c, best(study, c, epoch), TEST)).full_batch_losses(epoch) for c in (WHOLE, BLOCKS)
-        )
-        rows.append({"epoch": epoch, **compared(whole, blocks)})
-    can = all(row["high"] < CAN_HELP for row in rows)
+def verdict_markdown(study: Study, net: Net) -> str:
+    """Whole against blocks on seeds that chose nothing under both outcomes, and what the rule makes of the first."""
+    rows: list[dict[str, Any]] = []
+    for outcome, losses in OUTCOMES.items():
+        for epoch in net.epochs:
+            whole, blocks = (
+                losses(study.run(contestant(study, net, c, epoch)), epoch) for c in (WHOLE, BLOCKS)
+            )
+            rows.append({"outcome": outcome, "epoch": epoch, **compared(whole, blocks)})
+    can = all(row["high"] < CAN_HELP for row in rows[: len(net.epochs)])
     said = "can help" if can else "is not shown to be able to help"
-    table = markdown_table(rows, [("epoch", column("epoch")), *comparison("whole / blocks")])
+    columns: Columns = [(name, column(name)) for name in ("outcome", "epoch")]
+    table = markdown_table(rows, [*columns, *comparison("whole / blocks")])
     return f"{table}\n\nBy the rule, cross-layer curvature **{said}** here."
 
 
-def _chosen_row(study: Study, correction: str, epoch: int) -> dict[str, Any]:
-    damping, factor = step = best(study, correction, epoch)
-    run = study.run(EXACT[correction][step])
+def _chosen_row(study: Study, net: Net, correction: str, epoch: int) -> dict[str, Any]:
+    damping, factor = step = best(study, net, correction, epoch)
+    run = study.run(EXACT[net][correction][step])
     losses = run.full_batch_losses(epoch).reindex(SELECTION)
     shape = {name: run.table(name).loc[epoch].median() for name in SHAPE}
     return (
