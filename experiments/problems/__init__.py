@@ -3,5 +3,3 @@
 from experiments.problems.cifar10 import Cifar10, Cifar10NotFound, DataError
 from experiments.problems.deep_linear import DeepLinearMLP
 from experiments.problems.resnet import CifarResNet, cifar_resnet
-
-__all__ = ["Cifar10", "Cifar10NotFound", "CifarResNet", "DataError", "DeepLinearMLP", "cifar_resnet"]

@@ -103,9 +103,6 @@ class DeepLinearMLP:
     def full_batch(self) -> tuple[Tensor, Tensor]:
         return self.train_inputs.mT.contiguous(), self.train_targets
 
-    def batches_per_epoch(self, batch_size: int) -> int:
-        return -(-self.train_targets.shape[1] // batch_size)
-
     def batch_size(self, targets: Tensor) -> int:
         return targets.shape[1]
 

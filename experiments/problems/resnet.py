@@ -154,9 +154,6 @@ class CifarResNet:
         for images, targets in zip(*splits, strict=True):
             yield normalise(images), targets
 
-    def batches_per_epoch(self, batch_size: int) -> int:
-        return -(-len(self.train_targets) // batch_size)
-
     def full_batch(self) -> None:
         return None
 

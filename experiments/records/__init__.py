@@ -5,24 +5,3 @@ from experiments.records.files import PAPER, NoRecordsError, RecordError, seed_d
 from experiments.records.measurements import PCG_LIMIT, load_measurement
 from experiments.records.record import Record, load_record, shared_settings
 from experiments.records.runs import FINAL_EPOCHS, FULL_BATCH_LOSS, Run, find_runs, load_runs
-
-__all__ = [
-    "FINAL_EPOCHS",
-    "FULL_BATCH_LOSS",
-    "PAPER",
-    "PCG_LIMIT",
-    "NoRecordsError",
-    "OtherRecordError",
-    "Record",
-    "RecordDirectory",
-    "RecordError",
-    "RecordInUseError",
-    "Row",
-    "Run",
-    "find_runs",
-    "load_measurement",
-    "load_record",
-    "load_runs",
-    "seed_directory",
-    "shared_settings",
-]

@@ -148,7 +148,7 @@ def test_number_of_refreshes(
     settings = config(f"problem={problem}", "optimizer=kfac")
     run = build_training(settings, [0])
     assert isinstance(run.problem, CifarResNet)
-    total = run.problem.batches_per_epoch(settings.training.batch_size) * settings.training.epochs
+    total = -(-len(run.problem.train_targets) // settings.training.batch_size) * settings.training.epochs
     assert total == iterations
     assert -(-total // settings.optimizer.factor_interval) == factors
     assert -(-total // settings.optimizer.inverse_interval) == inverses

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from experiments.figures import Panel, Run, final_markdown, final_table, load_runs, order_table
+from experiments.figures import Panel, Run, final_markdown, load_runs
+from experiments.figures.finals import final_table, order_table
 from tests.figures.conftest import edited
 
 PROBLEM = "resnet20_cifar10_preview"

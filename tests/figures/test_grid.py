@@ -11,17 +11,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from experiments.figures import (
-    NoRecordsError,
-    Point,
-    RecordError,
-    grid_markdown,
-    grid_table,
-    save_figure,
-    winners,
-    winning_runs,
-)
-from experiments.figures.grid import is_decided
+from experiments.figures import NoRecordsError, RecordError, save_figure
+from experiments.figures.grid import Point, grid_markdown, grid_table, is_decided, winners, winning_runs
 from experiments.figures.sensitivity import at_paper_settings, best_of_each_rate, sensitivity_figure
 
 PROBLEM = "deep_linear_mlp"

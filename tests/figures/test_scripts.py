@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.figures import Point, grid_table
+from experiments.figures.grid import Point, grid_table
 from experiments.paper import OPTIMIZERS
 
 ROOT = Path(__file__).parents[2]

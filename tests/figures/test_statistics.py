@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from experiments.figures import paired_difference, paired_ratio, seed_interval, seed_median
+from experiments.figures.statistics import paired_difference, paired_ratio, seed_interval, seed_median
 
 
 def table(*rows: list[float]) -> pd.DataFrame:

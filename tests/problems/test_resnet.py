@@ -137,7 +137,6 @@ def test_batches_are_the_augmented_images_in_a_new_order(folder: Path) -> None:
                 images, normalise(crop_and_flip(p.train_images[indices], draw_crops(len(indices), twin)))
             )
             assert torch.equal(targets, p.train_targets[indices])
-    assert p.batches_per_epoch(25) == 3
     assert not torch.equal(*orders)
 
 
