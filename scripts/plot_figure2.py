@@ -3,15 +3,14 @@
 from collections.abc import Sequence
 
 from experiments.figures import Panel, accuracy_figure, save_figure
-from experiments.figures.arguments import plot_arguments, read_records
+from experiments.figures.arguments import plot_arguments, read_records, say_written
+from experiments.figures.scales import MLP
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = plot_arguments(__doc__).parse_args(argv)
-    runs = read_records(arguments, "deep_linear_mlp")
-    panel = Panel("64-layer linear MLP", runs)
-    paths = save_figure(accuracy_figure(panel), arguments.output, "figure2")
-    print("wrote", ", ".join(str(path) for path in paths))
+    panel = Panel(MLP.title, read_records(arguments, MLP.problem))
+    say_written(save_figure(accuracy_figure(panel), arguments.output, "figure2"))
 
 
 if __name__ == "__main__":

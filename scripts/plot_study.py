@@ -1,12 +1,12 @@
 """Tables and figures of the study's eight questions, and the second edition's tables, as far as there are records."""
 
-import argparse
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from experiments.figures import NoRecordsError, RecordError, save_figure
+from experiments.figures.arguments import place_arguments
 from experiments.figures.study.bound_figure import upper_bound_figure
 from experiments.figures.study.decision import (
     RULE,
@@ -34,11 +34,8 @@ DECISIONS: dict[str, tuple[Callable[[Study], str], ...]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--records", type=Path, default=Path("runs"), help="directory of the records")
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/study"), help="of tables.md and the figures"
-    )
+    parser = place_arguments(__doc__)
+    parser.set_defaults(output=Path("runs/study"))
     arguments = parser.parse_args(argv)
     study = Study(arguments.records)
     sections, missing = [f"## Under both losses\n\n{_headlines(study)}"], []

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from experiments.figures.scales import SCALES
+from experiments.paper import OPTIMIZERS
 from experiments.records import NoRecordsError, load_record, seed_directory
 from experiments.select import planned
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--list", action="store_true", help="say what is trained and how long the rest takes")
     arguments, settings = parser.parse_known_args(argv)
     scale = SCALES[arguments.scale]
-    seeds = (arguments.seeds or ",".join(map(str, range(scale.seeds)))).split(",")
+    seeds = arguments.seeds.split(",") if arguments.seeds else seeds_of(scale.problem)
     if arguments.list:
         print(listing(trainings(scale.problem, seeds, settings)))
         return
@@ -65,6 +66,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         *settings,
     ]
     raise SystemExit(subprocess.run(command, cwd=ROOT, check=False).returncode)
+
+
+def seeds_of(problem: str) -> list[str]:
+    """Those of its file in configs/experiment/."""
+    (config,) = planned([f"problem={problem}", f"optimizer={OPTIMIZERS[0]}"]).configs
+    return [str(seed) for seed in config.seeds]
 
 
 def overrides(problem: str, seeds: Sequence[str], machine: str) -> list[str]:

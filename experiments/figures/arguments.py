@@ -1,6 +1,9 @@
-"""Command-line arguments the plot scripts share, and the records they ask for."""
+"""What the plot scripts share: command-line arguments, the records they ask for, and what is said at the end."""
 
 import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from experiments.figures.curves import Runs
@@ -11,11 +14,26 @@ from experiments.records import PAPER, NoRecordsError, RecordError, load_runs
 CONTROL = "batch_size=128"  # SGD and Adam at the K-FACs' batch: in the table, not in the figure
 
 
-def plot_arguments(description: str | None) -> argparse.ArgumentParser:
+@contextmanager
+def readable() -> Iterator[None]:
+    """A record inside that cannot be read ends the script with one line."""
+    try:
+        yield
+    except RecordError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def place_arguments(description: str | None) -> argparse.ArgumentParser:
     """A parser with where to read records and where to draw."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--records", type=Path, default="runs", help="directory of the records")
     parser.add_argument("--output", type=Path, default="figures", help="directory of the figures")
+    return parser
+
+
+def plot_arguments(description: str | None) -> argparse.ArgumentParser:
+    """``place_arguments``, and which of the records to draw."""
+    parser = place_arguments(description)
     parser.add_argument(
         "--variant",
         default=PAPER,
@@ -27,8 +45,9 @@ def plot_arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def add_resnet_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where else the ResNet's records may be, and which of them to draw."""
+def resnet_arguments(description: str | None) -> argparse.ArgumentParser:
+    """``plot_arguments``, and where else the ResNet's records may be, and which of them to draw."""
+    parser = plot_arguments(description)
     parser.add_argument(
         "--reference",
         type=Path,
@@ -38,19 +57,18 @@ def add_resnet_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scale", choices=SCALES, help="of the ResNet (default: the first with all four optimizers)"
     )
+    return parser
 
 
 def read_records(arguments: argparse.Namespace, problem: str) -> Runs:
     """The records the arguments ask for; exits with a message if there are none to draw."""
-    try:
+    with readable():
         return load_runs(
             arguments.records,
             problem,
             variant=arguments.variant,
             allow_incomplete=arguments.allow_incomplete,
         )
-    except RecordError as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 def read_resnet(arguments: argparse.Namespace) -> tuple[Panel, Runs | None]:
@@ -58,22 +76,15 @@ def read_resnet(arguments: argparse.Namespace) -> tuple[Panel, Runs | None]:
 
     Raises:
         NoRecordsError: there is none to draw, here or committed.
+        RecordError: one is damaged.
     """
+    asked = partial(load_runs, variant=arguments.variant, allow_incomplete=arguments.allow_incomplete)
 
     def read(root: Path, problem: str) -> Runs:
-        if root != arguments.records:
-            return load_runs(root, problem)
-        return load_runs(
-            root, problem, variant=arguments.variant, allow_incomplete=arguments.allow_incomplete
-        )
+        return (asked if root == arguments.records else load_runs)(root, problem)
 
-    try:
-        found = find_resnet(read, arguments.records, arguments.reference, arguments.scale)
-        controls = _read_controls(found.root, found.scale.problem)
-    except NoRecordsError:
-        raise
-    except RecordError as error:
-        raise SystemExit(f"error: {error}") from None
+    found = find_resnet(read, arguments.records, arguments.reference, arguments.scale)
+    controls = runs_if_any(found.root, found.scale.problem, CONTROL)
     wanted = SCALES[arguments.scale].problem if arguments.scale else found.scale.problem
     if (found.root, found.scale.problem) != (arguments.records, wanted):
         print(f"{wanted}: nothing to draw in {arguments.records}; drawn: {found.root / found.scale.problem}")
@@ -81,8 +92,18 @@ def read_resnet(arguments: argparse.Namespace) -> tuple[Panel, Runs | None]:
     return Panel(found.scale.title, found.runs, note), controls
 
 
-def _read_controls(root: Path, problem: str) -> Runs | None:
+def runs_if_any(root: Path, problem: str, variant: str = PAPER) -> Runs | None:
+    """As ``load_runs``; None if there are none."""
     try:
-        return load_runs(root, problem, variant=CONTROL)
+        return load_runs(root, problem, variant=variant)
     except NoRecordsError:
         return None
+
+
+def say_written(paths: Sequence[Path], table: Path | None = None, markdown: str = "") -> None:
+    """Name the files, after writing and printing the numbers behind them, if any, to ``table``."""
+    if table:
+        table.write_text(markdown, encoding="utf-8")
+        print(markdown)
+        paths = [*paths, table]
+    print("wrote", ", ".join(map(str, paths)))

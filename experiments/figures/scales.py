@@ -1,4 +1,4 @@
-"""The ResNet experiment comes at four scales; which one there is to draw."""
+"""The paper's two experiments, of which the ResNet's comes at four scales; which one there is to draw."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
@@ -11,18 +11,18 @@ from experiments.records import NoRecordsError
 
 
 class Scale(NamedTuple):
-    """One scale of the ResNet experiment: its problem's name, its title, and how many seeds it trains."""
+    """An experiment at one scale: its problem's name and its title."""
 
     problem: str
     title: str
-    seeds: int
 
 
+MLP = Scale("deep_linear_mlp", "64-layer linear MLP")
 SCALES = {  # preferred first
-    "full": Scale("resnet110_cifar10", "ResNet110 / CIFAR10", 5),
-    "short": Scale("resnet110_cifar10_short", "ResNet110 / CIFAR10", 3),
-    "reduced": Scale("resnet110_cifar10_reduced", "ResNet110 / CIFAR10", 3),
-    "preview": Scale("resnet20_cifar10_preview", "ResNet20 / CIFAR10", 5),
+    "full": Scale("resnet110_cifar10", "ResNet110 / CIFAR10"),
+    "short": Scale("resnet110_cifar10_short", "ResNet110 / CIFAR10"),
+    "reduced": Scale("resnet110_cifar10_reduced", "ResNet110 / CIFAR10"),
+    "preview": Scale("resnet20_cifar10_preview", "ResNet20 / CIFAR10"),
 }
 Read = Callable[[Path, str], Runs]
 

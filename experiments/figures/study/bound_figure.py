@@ -10,9 +10,9 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments.figures.curves import add_legend, plain_log
 from experiments.figures.figures import panels, set_title
+from experiments.figures.scales import MLP
 from experiments.figures.statistics import final_summary
 from experiments.figures.study.drawing import NORMAL
-from experiments.figures.study.question_figures import MLP
 from experiments.figures.study.records import Study
 from experiments.figures.study.upper_bound import SHAPE, best
 from experiments.figures.style import Style
@@ -37,7 +37,7 @@ LOOKS = {
         strict=True,
     )
 }
-TITLES = {DEEP_LINEAR: MLP, LAYER_NORM: "8-layer ReLU MLP with layer norm"}
+TITLES = {DEEP_LINEAR: MLP.title, LAYER_NORM: "8-layer ReLU MLP with layer norm"}
 HEADINGS = dict(zip(SHAPE, ("cosine of blocks and whole", "length, blocks / whole"), strict=True))
 OVER_SEEDS = f"median and range over {len(SELECTION)} seeds"
 

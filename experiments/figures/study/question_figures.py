@@ -8,11 +8,10 @@ from matplotlib.figure import Figure
 
 from experiments.figures.curves import Runs, add_legend, loss_against_epochs, loss_against_seconds, plain_log
 from experiments.figures.figures import panels, set_title
+from experiments.figures.scales import MLP
 from experiments.figures.study.arms import draw_ratios, draw_trace, styles
 from experiments.figures.study.drawing import NORMAL, OVER_SEEDS, WIDE, draw_line, only_these
 from experiments.figures.style import OPTIMIZERS, Style
-
-MLP = "64-layer linear MLP"
 
 
 def damping_figure(
@@ -39,7 +38,7 @@ def damping_figure(
         for axes in (by_weight, by_lambda):
             axes.set_ylabel("final training loss")
             add_legend(axes, OVER_SEEDS, columns=1)
-        set_title(by_weight, f"{MLP}, the paper's settings")
+        set_title(by_weight, f"{MLP.title}, the paper's settings")
         set_title(nu, "weight 1")
         draw_trace(nu, shown, looks, "nu")
         draw_trace(length, shown, looks, "coarse_ratio")
@@ -65,7 +64,7 @@ def tuning_figure(tables: Mapping[str, pd.DataFrame], arms: Runs, variants: Runs
         line.set_xlabel("learning rate η")
         line.set_ylabel("final training loss")
         add_legend(line, OVER_SEEDS, columns=1)
-        set_title(line, MLP, "other settings: winners of the grid")
+        set_title(line, MLP.title, "other settings: winners of the grid")
         draw_ratios(ratios, variants, styles(list(variants)))
         set_title(ratios, "variants at the settings that", "won the grid for one level")
         loss_against_epochs(epochs, arms, styles=of_arms)

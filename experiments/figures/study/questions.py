@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from experiments.figures.curves import Runs
 from experiments.figures.grid import labels_of
 from experiments.figures.markdown import mean_with_interval, plain
+from experiments.figures.scales import MLP
 from experiments.figures.statistics import paired_difference
 from experiments.figures.study.arms import RULE, arm_markdown, arm_table, arms_figure
 from experiments.figures.study.lines import (
@@ -32,7 +33,6 @@ from experiments.figures.study.microscope import (
     spectrum_markdown,
 )
 from experiments.figures.study.question_figures import (
-    MLP,
     convolutions_figure,
     damping_figure,
     depth_figure,
@@ -155,7 +155,7 @@ def microscope(study: Study) -> Answer:
     for trained, own in tables.items():
         parts += _microscope_parts(own, trained)
     shown = tables["one level"]
-    title = f"{MLP}, trained by one level"
+    title = f"{MLP.title}, trained by one level"
     figure = microscope_figure(direction_table(shown["directions"]), shown["spectrum"], title, 5, LAMBDA)
     return Answer("\n\n".join(parts), figure)
 
@@ -219,7 +219,7 @@ def _microscope_parts(tables: Mapping[str, pd.DataFrame], trained: str) -> list[
 def _arms_answer(arms: Runs) -> Answer:
     baselines = [ONE_LEVEL, FULL]
     text = f"{RULE}\n\n{arm_markdown(arm_table(arms, baselines), baselines)}"
-    return Answer(text, arms_figure(arms, f"{MLP}, the paper's settings"))
+    return Answer(text, arms_figure(arms, f"{MLP.title}, the paper's settings"))
 
 
 def _best_of_everything(study: Study, lines: Mapping[str, Mapping[float, Run]]) -> list[str]:
