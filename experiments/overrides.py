@@ -4,7 +4,6 @@ Hydra refuses unknown settings too, but names only the offender.
 """
 
 import difflib
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
@@ -32,10 +31,10 @@ def check_overrides(arguments: Sequence[str], config_dir: str) -> None:
         _check_groups(overrides)
         _check_sweep(overrides, is_plain_run=not any(a.startswith("-") for a in arguments))
         with initialize_config_dir(config_dir, version_base="1.3"):
-            configs = [compose("train", overrides=list(choice)) for choice in _choices(overrides)]
+            configs = [compose("train", overrides=choice) for choice in _choices(overrides)]
     except HydraException:
         return  # Hydra's own message, with the options of a group, is the better one.
-    known = sorted({name for config in configs for name in _names(config)})
+    known = sorted({name for config in configs for name in _keys(OmegaConf.to_container(config))})
     for override in settings:
         if override.key_or_group not in known:
             raise SystemExit(_message(override.key_or_group, known))
@@ -133,20 +132,10 @@ def _is_foreign(override: Override) -> bool:
     return override.is_add() or override.is_delete() or key in GROUPS or key.startswith("hydra")
 
 
-def _choices(overrides: Sequence[Override]) -> list[tuple[str, ...]]:
+def _choices(overrides: Sequence[Override]) -> list[list[str]]:
     """Every combination of the groups' options, one list of overrides each."""
     groups = [o for o in overrides if o.key_or_group in GROUPS]
-    values = [
-        [f"{o.key_or_group}={value}" for value in o.sweep_string_iterator()]
-        if o.is_sweep_override()
-        else [f"{o.key_or_group}={o.get_value_element_as_str()}"]
-        for o in groups
-    ]
-    return list(itertools.product(*values))
-
-
-def _names(config: DictConfig) -> list[str]:
-    return _keys(OmegaConf.to_container(config, resolve=False))
+    return BasicSweeper.split_arguments(groups, None)[0]
 
 
 def _keys(node: Any) -> list[str]:

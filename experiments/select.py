@@ -19,13 +19,13 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.command_line import CONFIGS, USER_ERRORS, one_line, user_errors
 from experiments.figures.grid import (
     Point,
-    Winner,
     grid_markdown,
     grid_table,
     is_decided,
     winners,
     winning_runs,
 )
+from experiments.figures.markdown import Row
 from experiments.identity import identity, run_path
 from experiments.overrides import GROUPS, check_overrides, composed, members, parsed
 from experiments.paper import OPTIMIZERS
@@ -134,24 +134,26 @@ def write_recipes(directory: Path, grid: Grid, table: pd.DataFrame, overrides: S
             print(f"{path}: not written, the grid of {name} is not finished")
 
 
-def recipe(grid: Grid, optimizer: str, winner: Winner) -> str:
+def recipe(grid: Grid, optimizer: str, winner: Row) -> str:
     """The winner's settings on top of the paper's, as a file of the group ``recipe``."""
     own = [
         (point, config)
         for point, config in zip(grid.points, grid.configs, strict=True)
         if point.optimizer == optimizer
     ]
-    (config,) = (config for point, config in own if point.variant == winner.variant)
+    (config,) = (config for point, config in own if point.variant == winner["variant"])
     settings = OmegaConf.create()
     for key in grid.keys:
         if _short(key) in own[0][0].settings:
             OmegaConf.update(settings, key, OmegaConf.select(config, key))
-    row = winner.row
     return (
         "# @package _global_\n"
         f"# The winner of the {len(own)} configurations of sweep={config.sweep.name}, written by experiments.select:\n"
-        f"# median final training loss {row['median']:.4g} over {row['seeds']} seeds, {row['diverged']:.0f} diverged.\n"
-        f"defaults: [/recipe/{config.problem.name}/{optimizer}]\n" + OmegaConf.to_yaml(settings)
+        "# median final training loss {median:.4g} over {seeds} seeds, {diverged:.0f} diverged.\n".format_map(
+            winner
+        )
+        + f"defaults: [/recipe/{config.problem.name}/{optimizer}]\n"
+        + OmegaConf.to_yaml(settings)
     )
 
 

@@ -10,7 +10,16 @@ import numpy as np
 import pandas as pd
 
 from experiments.figures.curves import Runs
-from experiments.figures.markdown import Cell, Columns, column, interval, markdown_table, paragraphs, plain
+from experiments.figures.markdown import (
+    Columns,
+    Row,
+    column,
+    interval,
+    markdown_table,
+    paragraphs,
+    plain,
+    setting,
+)
 from experiments.figures.statistics import (
     final_summary,
     paired_difference,
@@ -56,13 +65,6 @@ class Point(NamedTuple):
     config: dict[str, Any] = {}
 
 
-class Winner(NamedTuple):
-    """Of one optimizer: its ``row`` of the table and its ``variant``."""
-
-    variant: str
-    row: dict[str, Any]
-
-
 def grid_table(root: str | Path, problem: str, points: Sequence[Point]) -> pd.DataFrame:
     """One row per point, sorted by optimizer (in the order of the legend) and ``median``.
 
@@ -106,11 +108,10 @@ def read_grid_table(path: str | Path) -> pd.DataFrame:
     return table.astype({"label": object}).fillna({"label": ""})
 
 
-def winners(table: pd.DataFrame) -> dict[str, Winner]:
-    """Each optimizer's winner so far, by ``RULE``; none where every configuration's median is infinite."""
+def winners(table: pd.DataFrame) -> dict[str, Row]:
+    """Each optimizer's winner so far by ``RULE``, its row; none where every configuration's median is infinite."""
     finite = table.loc[np.isfinite(table["median"].astype(float))]
-    best = finite.drop_duplicates("optimizer").to_dict("records")
-    return {row["optimizer"]: Winner(row["variant"], {str(k): v for k, v in row.items()}) for row in best}
+    return {row["optimizer"]: row for row in finite.drop_duplicates("optimizer").to_dict("records")}
 
 
 def is_decided(table: pd.DataFrame, optimizer: str) -> bool:
@@ -130,7 +131,7 @@ def winning_runs(root: str | Path, problem: str, table: pd.DataFrame) -> dict[st
         raise NoRecordsError(f"no configuration of the grid has a finite loss in {Path(root) / problem}")
     runs: dict[str, Run] = {}
     for name, winner in best.items():
-        runs |= load_runs(root, problem, optimizer=name, variant=winner.variant)
+        runs |= load_runs(root, problem, optimizer=name, variant=winner["variant"])
     return runs
 
 
@@ -213,9 +214,8 @@ def _winner_text(table: pd.DataFrame, labels: dict[str, str]) -> str:
         statuses = list(table.loc[table["optimizer"] == name, "status"])
         row = {"label": label, "progress": f"{statuses.count(COMPLETE)} of {len(statuses)}", "winner": "none"}
         if name in best:
-            found = best[name].row
             so_far = "" if is_decided(table, name) else " (so far)"
-            row |= found | {"label": label, "winner": _settings_text(found, table) + so_far}
+            row = {**best[name], **row, "winner": _settings_text(best[name], table) + so_far}
         rows.append(row)
     columns = [("optimizer", column("label")), ("winner", column("winner")), *LOSSES]
     return markdown_table(rows, [*columns, ("configurations trained", column("progress"))])
@@ -239,13 +239,9 @@ def _pairs_text(best: Runs, labels: dict[str, str]) -> str:
 
 def _optimizer_text(own: pd.DataFrame) -> str:
     settings = [name for name in setting_names(own) if not all(own[name].isna())]
-    columns = [*((name, _setting(name)) for name in settings), *LOSSES]
+    columns = [*((name, setting(name)) for name in settings), *LOSSES]
     status = ("status", lambda row: row["status"].replace("|", "\\|"))
     return markdown_table(own.to_dict("records"), [*columns, status])
-
-
-def _setting(name: str) -> Cell:
-    return lambda row: plain(row[name])
 
 
 def setting_names(table: pd.DataFrame) -> list[str]:
@@ -254,5 +250,5 @@ def setting_names(table: pd.DataFrame) -> list[str]:
     return columns[1 : columns.index("seeds")]
 
 
-def _settings_text(row: dict[str, Any], table: pd.DataFrame) -> str:
+def _settings_text(row: Row, table: pd.DataFrame) -> str:
     return ", ".join(f"{name} {plain(row[name])}" for name in setting_names(table) if pd.notna(row[name]))

@@ -36,6 +36,11 @@ def column(name: str, form: str = "{}") -> Cell:
     return cell
 
 
+def setting(name: str) -> Cell:
+    """A row's entry, a setting's value."""
+    return lambda row: plain(row[name])
+
+
 def interval(name: str, form: str = "{:.4f}", prefix: str | None = None) -> Cell:
     """A row's entry with its interval, whose ends are called ``<prefix>low`` and ``<prefix>high``, by default
     ``<name>_low`` and ``<name>_high``; ``-`` if the row has none."""

@@ -13,7 +13,6 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from experiments import select
-from experiments.figures.grid import Winner
 from experiments.identity import run_path
 from experiments.overrides import check_overrides
 from experiments.paper import OPTIMIZERS
@@ -250,7 +249,7 @@ NUMBERS: dict[str, Any] = {"median": 0.1, "seeds": 5, "diverged": 0.0}
 )
 def test_a_winner_s_recipe_is_its_configuration(sweep: list[str], variant: str, tmp_path: Path) -> None:
     grid = expand(["optimizer=kfac", *sweep])
-    text = select.recipe(grid, "kfac", Winner(variant, NUMBERS))
+    text = select.recipe(grid, "kfac", NUMBERS | {"variant": variant})
     assert text.startswith("# @package _global_\n")
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "own.yaml").write_text(text)

@@ -67,7 +67,7 @@ def test_no_configuration_wins_by_diverged_seeds(
     assert list(found["median"]) == [0.5, 0.9, math.inf]
     assert list(found["diverged"]) == [0, 2, 3]
     assert list(found["mean"])[2] == pytest.approx(1e-3)  # which would have won
-    assert winners(found)["sgd"].variant == "paper"
+    assert winners(found)["sgd"]["variant"] == "paper"
     assert winners(found.tail(1)) == {}
 
 

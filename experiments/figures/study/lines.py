@@ -16,7 +16,7 @@ from experiments.figures.markdown import (
     interval,
     lost,
     markdown_table,
-    plain,
+    setting,
 )
 from experiments.figures.statistics import final_summary, paired_ratio
 from experiments.records import Run
@@ -96,7 +96,7 @@ def ratio_markdown(table: pd.DataFrame, settings: Mapping[str, str], names: tupl
     """``ratio_row``s as text after the columns ``settings`` (by their heading)."""
     first, second = names
     columns: Columns = [
-        *((heading, _setting(name)) for name, heading in settings.items()),
+        *((heading, setting(name)) for name, heading in settings.items()),
         (f"{second}, median", column("second_median", "{:.4f}")),
         (f"{first}, median", column("first_median", "{:.4f}")),
         (f"{LOST}: {second}, {first}", lambda row: f"{lost('second_')(row)}, {lost('first_')(row)}"),
@@ -113,7 +113,7 @@ def line_markdown(tables: Mapping[str, pd.DataFrame], x: str, heading: str) -> s
         for row in table.to_dict("records"):
             rows.setdefault(row[x], {x: row[x]})[name] = row
     columns: Columns = [
-        (heading, _setting(x)),
+        (heading, setting(x)),
         *(
             (f"{name}: {what}", _part(name, cell))
             for name in tables
@@ -121,10 +121,6 @@ def line_markdown(tables: Mapping[str, pd.DataFrame], x: str, heading: str) -> s
         ),
     ]
     return markdown_table([rows[value] for value in sorted(rows)], columns)
-
-
-def _setting(name: str) -> Cell:
-    return lambda row: plain(row[name])
 
 
 def _part(name: str, cell: Cell) -> Cell:
