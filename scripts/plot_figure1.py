@@ -12,7 +12,7 @@ from experiments.figures import (
     figure1_seconds,
     final_markdown,
     save_figure,
-    summarize,
+    summary_markdown,
 )
 from experiments.figures.arguments import (
     read_records,
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     reference = None if is_reference else runs_if_any(arguments.reference, MLP.problem)
 
     panels = [Panel(MLP.title, runs)]
-    markdown = f"## {MLP.title}\n\n{summarize(runs, reference, is_reference=is_reference).markdown}"
+    markdown = f"## {MLP.title}\n\n{summary_markdown(runs, reference, is_reference)}"
     try:
         resnet, controls = read_resnet(arguments)
         panels.append(resnet)

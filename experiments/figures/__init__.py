@@ -14,5 +14,5 @@ from experiments.figures.finals import final_markdown
 from experiments.figures.grid import read_grid_table, winning_runs
 from experiments.figures.sensitivity import sensitivity_figure
 from experiments.figures.statistics import paired_difference, paired_ratio
-from experiments.figures.summary import summarize
+from experiments.figures.summary import summary_markdown
 from experiments.records import NoRecordsError, RecordError, Run, load_runs

@@ -1,8 +1,5 @@
 """The numbers behind Figure 1: losses beside the committed ones, times, and the verdict."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import numpy as np
 import pandas as pd
 
@@ -10,8 +7,9 @@ from experiments.figures.curves import Runs, failures, machines, remarks, seed_c
 from experiments.figures.markdown import Columns, column, interval, markdown_table, paragraphs
 from experiments.figures.statistics import SLOW_LOSS, seed_interval, seed_median
 from experiments.figures.style import optimizer_styles
-from experiments.figures.verdict import RULE, Check, check_rule, verdict
+from experiments.figures.verdict import RULE, check_rule, verdict
 
+EPOCHS = (5, 20, 100)
 LOSS = "{:.4f}"
 LOSSES: Columns = [
     ("optimizer", column("label")),
@@ -36,50 +34,31 @@ CHECKS: Columns = [
 ]
 
 
-class Summary(NamedTuple):
-    """``losses`` and ``ends``, the rule's ``checks`` and ``verdict``, and all as ``markdown``."""
-
-    losses: pd.DataFrame
-    ends: pd.DataFrame
-    checks: list[Check]
-    verdict: str
-    markdown: str
-
-
-def summarize(
-    runs: Runs,
-    reference: Runs | None = None,
-    epochs: Sequence[int] = (5, 20, 100),
-    is_reference: bool = False,
-) -> Summary:
-    """Compare the runs of the deep linear MLP with the committed ``reference``.
+def summary_markdown(runs: Runs, reference: Runs | None = None, is_reference: bool = False) -> str:
+    """The runs of the deep linear MLP beside the committed ``reference``, and the verdict.
 
     ``is_reference``: they are the committed ones themselves, and only the part of the rule that
     compares optimizers with each other applies.
     """
-    losses = loss_table(runs, reference or {}, epochs)
-    ends = end_table(runs, reference or {})
     checks = check_rule(runs, reference)
     if is_reference:
         checks = [check for check in checks if "committed" not in check.question]
-    answer = verdict(checks)
     shown = -1 if is_reference else None  # the last column is the reference's
-    markdown = paragraphs(
+    return paragraphs(
         f"Training loss over {seed_counts(runs)}. The mean and its interval leave diverged seeds "
         f"out; slow: seeds with a loss above {SLOW_LOSS}.",
         remarks(runs),
-        markdown_table(losses.to_dict("records"), LOSSES[:shown]),
+        markdown_table(loss_table(runs, reference or {}).to_dict("records"), LOSSES[:shown]),
         failures({style.label: runs[name] for name, style in optimizer_styles(runs).items()}),
         f"Wall-clock time of a run, all its seeds side by side ({machines(runs)}).",
-        markdown_table(ends.to_dict("records"), ENDS[:shown]),
+        markdown_table(end_table(runs, reference or {}).to_dict("records"), ENDS[:shown]),
         RULE,
         markdown_table([check._asdict() for check in checks], CHECKS),
-        "These are the committed records themselves." if is_reference else f"**Verdict: {answer}.**",
+        "These are the committed records themselves." if is_reference else f"**Verdict: {verdict(checks)}.**",
     )
-    return Summary(losses, ends, checks, answer, markdown)
 
 
-def loss_table(runs: Runs, reference: Runs, epochs: Sequence[int] = (5, 20, 100)) -> pd.DataFrame:
+def loss_table(runs: Runs, reference: Runs) -> pd.DataFrame:
     """Training loss over seeds, one row per (optimizer, epoch), with the optimizer's ``label``.
 
     ``median`` counts a diverged seed as +inf; the arithmetic ``mean`` and its 95% Student-t
@@ -92,7 +71,7 @@ def loss_table(runs: Runs, reference: Runs, epochs: Sequence[int] = (5, 20, 100)
         committed = seed_median(reference[name].table("train_loss")) if name in reference else np.nan
         columns = seed_interval(table).rename(columns={"excluded": "diverged"})
         columns = columns.assign(median=seed_median(table), slow=(table > SLOW_LOSS).sum(axis=1))
-        columns = columns.assign(committed=committed).reindex(epochs)
+        columns = columns.assign(committed=committed).reindex(EPOCHS)
         rows.append(columns.assign(optimizer=name, label=style.label))
     return pd.concat(rows).rename_axis("epoch").reset_index()
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments.figures import load_runs, summarize
+from experiments.figures import load_runs
+from experiments.figures.summary import end_table, loss_table, summary_markdown
 from experiments.figures.verdict import RULE, check_rule, verdict
 
 PROBLEM = "deep_linear_mlp"
@@ -31,11 +32,10 @@ def test_reproduced(write_all: Callable[..., None], tmp_path: Path) -> None:
     write_all()
     write_all(root="results", edit=scale(1.15))
     runs, reference = (load_runs(tmp_path / root, PROBLEM) for root in ("runs", "results"))
-    summary = summarize(runs, reference)
-    assert summary.verdict == "reproduced"
-    assert [check.answer for check in summary.checks] == ["yes"] * 8
-    assert RULE in summary.markdown
-    assert "**Verdict: reproduced.**" in summary.markdown
+    assert [check.answer for check in check_rule(runs, reference)] == ["yes"] * 8
+    text = summary_markdown(runs, reference)
+    assert RULE in text
+    assert "**Verdict: reproduced.**" in text
 
 
 def test_loss_table_numbers(write_record: Callable[..., Path], tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_loss_table_numbers(write_record: Callable[..., Path], tmp_path: Path) -
     write_record("kfac", edit=edit, epochs=5)
     write_record("kfac", root="results", edit=scale(2), epochs=100)
     runs, reference = (load_runs(tmp_path / root, PROBLEM) for root in ("runs", "results"))
-    losses = summarize(runs, reference).losses.set_index("epoch")
+    losses = loss_table(runs, reference).set_index("epoch")
     row = losses.loc[5]
     assert row["median"] == 0.3
     assert row["mean"] == pytest.approx(0.325)
@@ -62,7 +62,7 @@ def test_end_table_numbers(write_record: Callable[..., Path], tmp_path: Path) ->
     path = write_record("kfac", epochs=40)
     write_record("kfac", root="results", epochs=20)
     runs, reference = (load_runs(tmp_path / root, PROBLEM) for root in ("runs", "results"))
-    end = summarize(runs, reference).ends.iloc[0]
+    end = end_table(runs, reference).iloc[0]
     curves = pd.read_csv(path / "curves.csv")
     assert end["epochs"] == 40
     assert end["seconds"] == pytest.approx(0.5 * 40 / 0.25**0.5)
@@ -98,9 +98,9 @@ def test_diverged_seeds_cannot_win(write_record: Callable[..., Path], tmp_path: 
 
     write_with_two_level(write_record, diverge)
     runs = load_runs(tmp_path / "runs", PROBLEM)
-    summary = summarize(runs)
-    assert summary.verdict == "not reproduced"
-    assert summary.checks[-1].detail.startswith("inf against")
+    checks = check_rule(runs)
+    assert verdict(checks) == "not reproduced"
+    assert checks[-1].detail.startswith("inf against")
 
 
 def test_all_diverged_against_a_diverged_reference_is_no_match(
@@ -115,19 +115,20 @@ def test_shortened_run_is_not_decided(write_all: Callable[..., None], tmp_path: 
     write_all(epochs=30)
     write_all(root="results")
     runs, reference = (load_runs(tmp_path / root, PROBLEM) for root in ("runs", "results"))
-    summary = summarize(runs, reference)
-    assert summary.verdict == "not decided"
-    assert "run has 30 epochs, rule needs 100" in summary.markdown
-    by_question = {check.question: check.answer for check in summary.checks}
+    text = summary_markdown(runs, reference)
+    assert "**Verdict: not decided.**" in text
+    assert "run has 30 epochs, rule needs 100" in text
+    by_question = {check.question: check.answer for check in check_rule(runs, reference)}
     assert by_question["SGD, epoch 20: within 20% of the committed median"] == "yes"
 
 
 def test_without_reference(write_all: Callable[..., None], tmp_path: Path) -> None:
     write_all()
-    summary = summarize(load_runs(tmp_path / "runs", PROBLEM))
-    assert summary.verdict == "not decided"
-    assert summary.checks[-1].answer == "yes"
-    assert set(summary.losses["committed"].isna()) == {True}
+    runs = load_runs(tmp_path / "runs", PROBLEM)
+    checks = check_rule(runs)
+    assert verdict(checks) == "not decided"
+    assert checks[-1].answer == "yes"
+    assert set(loss_table(runs, {})["committed"].isna()) == {True}
 
 
 def test_missing_optimizer_is_not_decided(write_record: Callable[..., Path], tmp_path: Path) -> None:
@@ -150,5 +151,4 @@ def test_other_settings_are_not_decided(
 
 def test_unknown_optimizer_has_its_row(write_record: Callable[..., Path], tmp_path: Path) -> None:
     write_record("shampoo")
-    summary = summarize(load_runs(tmp_path / "runs", PROBLEM))
-    assert "| shampoo" in summary.markdown
+    assert "| shampoo" in summary_markdown(load_runs(tmp_path / "runs", PROBLEM))
