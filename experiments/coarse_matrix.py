@@ -12,21 +12,18 @@ import torch
 from omegaconf import DictConfig
 
 from experiments.command_line import CONFIGS, launch, user_errors
-from experiments.measurement import Rows, check_measurement, measure_missing, measured_directory
+from experiments.measurement import Rows, check_measurement, measure_missing
 from experiments.study.microscope import coarse_numbers
 from experiments.study.variants import Observed
-from experiments.training.records import RunDirectory
 from experiments.training.trainer import Training
+
+KIND = "coarse_matrix"
 
 
 @hydra.main(config_path=CONFIGS, config_name="train", version_base="1.3")
 def main(config: DictConfig) -> None:
     with user_errors():
-        measure_missing(config, run_directory, lambda training: {"coarse": measure_training(training)})
-
-
-def run_directory(config: DictConfig, seed: int) -> RunDirectory:
-    return measured_directory(config, "coarse_matrix", seed)
+        measure_missing(config, KIND, lambda training: {"coarse": measure_training(training)})
 
 
 def measure_training(training: Training) -> Rows:

@@ -9,6 +9,8 @@ from hydra import compose
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.records.files import PAPER, flatten
+
 IDENTITY = ("problem", "optimizer", "training", "seeds", "device", "threads")
 BOOKKEEPING = ("label", "data")  # what is said of the images and where they lie
 LATER = {
@@ -54,10 +56,10 @@ def _paper_identity(problem: str, optimizer: str, device: str, threads: int) -> 
 
 def variant_name(own: dict[str, Any], base: dict[str, Any]) -> str:
     """``"paper"``, or ``key=value`` for each setting that differs, in one order however it was written."""
-    flat, flat_base = _flatten(own), _flatten(base)
+    flat, flat_base = flatten(own), flatten(base)
     differing = {key: value for key, value in flat.items() if flat_base.get(key) != value}
     if not differing:
-        return "paper"
+        return PAPER
     short = [key.rpartition(".")[2] for key in differing]
     names = short if len(set(short)) == len(short) else list(differing)
     name = ",".join(
@@ -73,16 +75,6 @@ def _without_bookkeeping(value: Any) -> Any:
         kept = {k: v for k, v in value.items() if not str(k).startswith("_") and k not in BOOKKEEPING}
         return {k: _without_bookkeeping(v) for k, v in kept.items() if k not in LATER or v != LATER[k]}
     return value
-
-
-def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, entry in value.items():
-        if isinstance(entry, dict):
-            flat |= _flatten(entry, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = entry
-    return flat
 
 
 def _text(value: Any) -> str:

@@ -32,15 +32,13 @@ def check_measurement(config: DictConfig) -> int:
 
 
 def measure_missing(
-    config: DictConfig,
-    directory_of: Callable[[DictConfig, int], RunDirectory],
-    measure: Callable[[Training], dict[str, Rows]],
+    config: DictConfig, kind: str, measure: Callable[[Training], dict[str, Rows]], **own: Any
 ) -> None:
-    """Leave ``<name>.csv`` for each table of ``measure`` in the directory of each seed that has none yet."""
+    """Leave ``<name>.csv`` for each table of ``measure`` in each seed's ``measured_directory`` that has none yet."""
     check_measurement(config)
     torch.set_num_threads(config.threads)
     for seed in config.seeds:
-        directory = directory_of(config, seed)
+        directory = measured_directory(config, kind, seed, **own)
         if not config.rerun and directory.is_complete():
             print(f"{directory.path}: complete, not measured again (rerun=true does)")
             continue

@@ -7,6 +7,7 @@ Takes the arguments of experiments.train, one seed after another. Leaves ``direc
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -16,7 +17,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from experiments.command_line import CONFIGS, launch, user_errors
-from experiments.measurement import Rows, check_measurement, measure_missing, measured_directory
+from experiments.measurement import Rows, check_measurement, measure_missing
 from experiments.study.fisher import DampedFisher, frozen_statistics, logit_jacobian
 from experiments.study.microscope import (
     Layout,
@@ -25,14 +26,15 @@ from experiments.study.microscope import (
     pcg_iterations,
     preconditioners,
 )
-from experiments.training.records import RunDirectory
 from experiments.training.trainer import Training
 from kfac2 import CoarseSpace, TwoLevelKFAC
 from kfac2.optim.preconditioner import Preconditioner
 
+KIND = "microscope"
 EPOCHS = (0, 1, 5, 20)
 DRAWS = 20  # of labels, averaged in the factors, so that their noise is not what is measured
 UNSYMMETRIC = ("galerkin",)  # no preconditioner for conjugate gradients
+OWN = {"epochs": list(EPOCHS), "draws": DRAWS}  # of a measurement's identity
 TABLES = ("directions", "coarse", "spectrum")
 
 
@@ -41,13 +43,10 @@ def main(config: DictConfig) -> None:
     with user_errors():
         measure_missing(
             config,
-            run_directory,
+            KIND,
             lambda training: measure_training(training, training.problem.seeds[0], config.optimizer.damping),
+            **OWN,
         )
-
-
-def run_directory(config: DictConfig, seed: int) -> RunDirectory:
-    return measured_directory(config, "microscope", seed, epochs=list(EPOCHS), draws=DRAWS)
 
 
 def measure_training(training: Training, seed: int, damping: float) -> dict[str, Rows]:
@@ -120,10 +119,7 @@ def coarse_matrix(preconditioner: Preconditioner) -> Tensor:
 def exact_fisher(
     model: nn.Module, inputs: Tensor, weights: list[Any], damping: float, frozen: bool
 ) -> DampedFisher:
-    if not frozen:
-        logits, jacobian = logit_jacobian(model, inputs, weights)
-        return DampedFisher(jacobian, logits, damping)
-    with frozen_statistics(model, inputs):
+    with frozen_statistics(model, inputs) if frozen else nullcontext():
         logits, jacobian = logit_jacobian(model, inputs, weights)
     return DampedFisher(jacobian, logits, damping)
 

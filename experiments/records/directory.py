@@ -19,6 +19,7 @@ from experiments.records.files import (
     PROVENANCE,
     RecordError,
     config_value,
+    flatten,
     read_provenance,
     write_atomically,
 )
@@ -174,10 +175,8 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> Iterator[str]:
+    there, here = flatten(there), flatten(here)
     for key in sorted(there.keys() | here.keys()):
-        old, new = there.get(key), here.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{prefix}{key}.")
-        elif old != new or (key in there) != (key in here):
-            yield f"{prefix}{key}={old} there, {new} here"
+        if key not in there or key not in here or there[key] != here[key]:
+            yield f"{key}={there.get(key)} there, {here.get(key)} here"

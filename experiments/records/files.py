@@ -156,6 +156,14 @@ def config_value(provenance: dict[str, Any], directory: Path, *keys: str) -> Any
         raise RecordError(f"{directory / PROVENANCE} lacks '{name}'; {MAKE_AGAIN}") from None
 
 
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Its entries by their dotted names."""
+    flat: dict[str, Any] = {}
+    for key, entry in nested.items():
+        flat |= flatten(entry, f"{prefix}{key}.") if isinstance(entry, dict) else {f"{prefix}{key}": entry}
+    return flat
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Write beside ``path``, flush to disk, then replace: a reader sees the old file or the new one.
 

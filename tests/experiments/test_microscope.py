@@ -8,6 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from experiments import microscope
+from experiments.measurement import measured_directory
 from experiments.train import CONFIGS, build_training
 
 TINY = ["problem.depth=3", "problem.width=4", "problem.train_samples=64", "problem.test_samples=4"]
@@ -53,7 +54,7 @@ def test_the_exact_coarse_fisher_is_the_true_one_of_frozen_statistics(
 def test_a_measured_seed_is_not_measured_again(tmp_path: Path) -> None:
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         config = compose("train", [*TINY, "optimizer=kfac", f"runs={tmp_path}"])
-        directory = microscope.run_directory(config, 3)
+        directory = measured_directory(config, "microscope", 3, **microscope.OWN)
     assert directory.path.relative_to(tmp_path).parts[:3] == ("microscope", "deep_linear_mlp", "kfac")
     with directory.locked():
         directory.write_provenance(complete=False, device="cpu")

@@ -152,7 +152,7 @@ def test_directions_over_seeds() -> None:
     assert half_width == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
     assert (row["error_low"], row["error_high"]) == (0.25, 2.25)
     interval = over_seeds(directions(), ["statistics", "epoch", "direction"], "cosine")
-    assert set(interval["mean"]) == {0.5}
+    assert set(interval["cosine"]) == {0.5}
     assert (row["pcg_iterations"], row["pcg_iterations_high"]) == (10, math.inf)  # one of three was stopped
     text = change_markdown(directions())
     assert "-0.5000 [-0.5000, -0.5000]" in text

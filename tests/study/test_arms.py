@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 
 from experiments import coarse_matrix, microscope
 from experiments.identity import identity, run_path
+from experiments.measurement import measured_directory
 from experiments.overrides import check_overrides
 from experiments.study.arms import BEST, CONVOLUTIONS, MICROSCOPE, PAPER, TRAININGS, Arm
 from experiments.study.variants import VARIANTS
@@ -78,8 +79,8 @@ def test_a_measured_arm_s_records_are_where_they_are_read(module: Any, arm: Arm)
     assert seeds == f"seeds={','.join(f'[{seed}]' for seed in range(arm.seeds))}"
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         config = compose("train", [*settings, "seeds=[1]", "runs=elsewhere"])
-        path = module.run_directory(config, 1).path
-    kind = module.__name__.rpartition(".")[2]
+        kind = module.KIND
+        path = measured_directory(config, kind, 1).path
     assert path == Path("elsewhere") / kind / arm.group / "seed=1"
     assert len(list((RECORDS / kind / arm.group).iterdir())) == arm.seeds
 

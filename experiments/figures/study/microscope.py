@@ -34,16 +34,18 @@ EPOCH_GAP = 0.4  # on the axis of the epochs, on which 0 must have a place
 
 
 def over_seeds(table: pd.DataFrame, keys: list[str], value: str) -> pd.DataFrame:
-    """Mean of ``value`` over seeds with its 95% Student-t interval, for each combination of ``keys``."""
+    """For each combination of ``keys``, the index, the mean of ``value`` over seeds with its 95% Student-t interval,
+    in columns called ``value``, ``<value>_low`` and ``<value>_high``."""
     wide = table.pivot(index=keys, columns="seed", values=value)
     rows = [seed_interval(row.to_frame().T).iloc[0] for _, row in wide.iterrows()]
-    return pd.DataFrame(rows).set_axis(wide.index).reset_index()
+    intervals = pd.DataFrame(rows, columns=["mean", "low", "high"]).set_axis(wide.index)
+    return intervals.set_axis([value, f"{value}_low", f"{value}_high"], axis=1)
 
 
 def spread(table: pd.DataFrame, keys: list[str], value: str) -> pd.DataFrame:
-    """The same with the ``median`` and the range, ``lowest`` and ``highest``."""
-    grouped = table.groupby(keys)[value]
-    return grouped.agg(median="median", lowest="min", highest="max").reset_index()
+    """The same with the median and the range."""
+    values = table.groupby(keys)[value]
+    return pd.DataFrame({value: values.median(), f"{value}_low": values.min(), f"{value}_high": values.max()})
 
 
 def direction_table(directions: pd.DataFrame) -> pd.DataFrame:
@@ -52,17 +54,13 @@ def direction_table(directions: pd.DataFrame) -> pd.DataFrame:
     conjugate gradients were stopped."""
     keys = ["statistics", "epoch", "direction"]
     counted = directions.assign(pcg_iterations=_counts(directions, np.inf))
-    parts = [over_seeds(counted, keys, value).drop(columns=["seeds", "excluded"]) for value in MEANS]
-    parts += [spread(counted, keys, value) for value in MEDIANS]
-    named = [
-        part.set_index(keys).set_axis([value, f"{value}_low", f"{value}_high"], axis=1)
-        for value, part in zip((*MEANS, *MEDIANS), parts, strict=True)
-    ]
-    return pd.concat(named, axis=1).reset_index()
+    means = [over_seeds(counted, keys, value) for value in MEANS]
+    medians = [spread(counted, keys, value) for value in MEDIANS]
+    return pd.concat([*means, *medians], axis=1).reset_index()
 
 
 def paired_change(directions: pd.DataFrame, value: str) -> pd.DataFrame:
-    """Two levels minus one level of ``value``, paired by seed, per (statistics, epoch), with its interval; of PCG
+    """Two levels minus one level of ``value``, paired by seed, ``over_seeds`` per (statistics, epoch); of PCG
     iterations over the seeds with which both converge."""
     if value == "pcg_iterations":
         directions = directions.assign(pcg_iterations=_counts(directions, np.nan))
@@ -99,38 +97,27 @@ def direction_markdown(table: pd.DataFrame, statistics: str) -> str:
 
 def change_markdown(directions: pd.DataFrame) -> str:
     """What the correction does to the direction of one level, seed by seed."""
-    keys = ["statistics", "epoch"]
     values = ("scaled_error", "cosine", "pcg_iterations")
-    changes = [paired_change(directions, value).set_index(keys).add_prefix(f"{value}_") for value in values]
+    changes = pd.concat([paired_change(directions, value) for value in values], axis=1)
     columns: Columns = [
         ("Fisher", lambda row: STATISTICS[row["statistics"]]),
         ("epoch", column("epoch")),
-        ("error at the best length", interval("scaled_error_mean", prefix="scaled_error_")),
-        ("cosine", interval("cosine_mean", prefix="cosine_")),
-        (
-            "PCG iterations, where both converge",
-            interval("pcg_iterations_mean", "{:.1f}", prefix="pcg_iterations_"),
-        ),
+        ("error at the best length", interval("scaled_error")),
+        ("cosine", interval("cosine")),
+        ("PCG iterations, where both converge", interval("pcg_iterations", "{:.1f}")),
     ]
-    return markdown_table(pd.concat(changes, axis=1).reset_index().to_dict("records"), columns)
+    return markdown_table(changes.reset_index().to_dict("records"), columns)
 
 
 def coarse_markdown(coarse: pd.DataFrame, groups: list[str], names: dict[str, str]) -> str:
     """Medians and ranges over seeds of a coarse matrix's numbers, for each combination of ``groups`` and matrix."""
     keys = [*groups, "matrix"]
-    ends = {"lowest": "low", "highest": "high"}
-    parts = [
-        spread(coarse, keys, value).rename(columns=ends).set_index(keys).add_prefix(f"{value}_")
-        for value in names
-    ]
+    spreads = pd.concat([spread(coarse, keys, value) for value in names], axis=1)
     columns: Columns = [
         *((key, column(key)) for key in keys),
-        *(
-            (f"{name} [range]", interval(f"{value}_median", "{:.3g}", prefix=f"{value}_"))
-            for value, name in names.items()
-        ),
+        *((f"{name} [range]", interval(value, "{:.3g}")) for value, name in names.items()),
     ]
-    return markdown_table(pd.concat(parts, axis=1).reset_index().to_dict("records"), columns)
+    return markdown_table(spreads.reset_index().to_dict("records"), columns)
 
 
 def spectrum_markdown(spectrum: pd.DataFrame, damping: float) -> str:

@@ -1,6 +1,7 @@
 """The study's questions, each answered from the records: a text of tables and a figure."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import pandas as pd
@@ -57,6 +58,7 @@ from experiments.study.arms import (
     WEAK_LAMBDA,
     WEAKLY_DAMPED,
     WEIGHTS,
+    Arm,
 )
 
 LAMBDA = PAPER["optimizer.damping"]
@@ -69,16 +71,10 @@ class Answer(NamedTuple):
     figure: Figure
 
 
-def off_diagonal(study: Study) -> Answer:
-    return _arms_answer(study.arms(OFF_DIAGONAL))
-
-
-def ones_vector(study: Study) -> Answer:
-    return _arms_answer(study.arms(ONES_VECTOR))
-
-
-def initial_kick(study: Study) -> Answer:
-    return _arms_answer(study.arms(INITIAL_KICK))
+def controls(study: Study, declared: Mapping[str, Arm]) -> Answer:
+    arms, baselines = study.arms(declared), [ONE_LEVEL, FULL]
+    text = f"{RULE}\n\n{arm_markdown(arm_table(arms, baselines), baselines)}"
+    return Answer(text, arms_figure(arms, f"{MLP.title}, the paper's settings"))
 
 
 def damping(study: Study) -> Answer:
@@ -186,10 +182,10 @@ class Question(NamedTuple):
 
 
 QUESTIONS = (
-    Question("q1_off_diagonal", "Is it the off-diagonal?", off_diagonal),
-    Question("q2_ones_vector", "Is it the ones vector?", ones_vector),
+    Question("q1_off_diagonal", "Is it the off-diagonal?", partial(controls, declared=OFF_DIAGONAL)),
+    Question("q2_ones_vector", "Is it the ones vector?", partial(controls, declared=ONES_VECTOR)),
     Question("q3_damping", "Damping", damping),
-    Question("q4_initial_kick", "Is it an initial kick?", initial_kick),
+    Question("q4_initial_kick", "Is it an initial kick?", partial(controls, declared=INITIAL_KICK)),
     Question("q5_equal_tuning", "Equal tuning", equal_tuning),
     Question("q6_depth", "Depth and normalisation", depth),
     Question("q7_microscope", "The Fisher microscope", microscope),
@@ -214,12 +210,6 @@ def _microscope_parts(tables: Mapping[str, pd.DataFrame], trained: str) -> list[
         coarse_markdown(coarse, ["statistics", "epoch"], numbers),
     ]
     return [*parts, spectrum_markdown(tables["spectrum"], LAMBDA)]
-
-
-def _arms_answer(arms: Runs) -> Answer:
-    baselines = [ONE_LEVEL, FULL]
-    text = f"{RULE}\n\n{arm_markdown(arm_table(arms, baselines), baselines)}"
-    return Answer(text, arms_figure(arms, f"{MLP.title}, the paper's settings"))
 
 
 def _best_of_everything(study: Study, lines: Mapping[str, Mapping[float, Run]]) -> list[str]:
