@@ -43,9 +43,7 @@ def launch(main: Callable[[], None], check: Callable[[DictConfig], int]) -> None
     if any(getattr(options, name) for name in OTHER_WORK):
         return main()
     with user_errors(), initialize_config_dir(CONFIGS, version_base="1.3"):
-        choices = (
-            [choice for choice, _ in members(options.overrides)] if options.multirun else [options.overrides]
-        )
+        choices = members(options.overrides)[0] if options.multirun else [options.overrides]
         trainings = sum(map(check, composed(choices)))
         if options.multirun:
             sys.argv[1:] = ["--multirun", *late_settings(options.overrides)]

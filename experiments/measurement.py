@@ -26,7 +26,7 @@ def measured_directory(config: DictConfig, kind: str, seed: int, **own: Any) -> 
 def check_measurement(config: DictConfig) -> int:
     """``experiments.train``'s checks; 0, since a measurement is no training whose progress is shown."""
     check_settings(config)
-    check_machine(config.device, config.threads)
+    check_machine(config.device)
     check_writable(Path(config.runs))
     return 0
 

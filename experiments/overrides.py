@@ -44,7 +44,7 @@ def parsed(overrides: Sequence[str]) -> list[Override]:
     return OverridesParser.create().parse_overrides(list(overrides))
 
 
-def members(overrides: Sequence[str]) -> Iterator[tuple[list[str], list[str]]]:
+def members(overrides: Sequence[str]) -> tuple[list[list[str]], list[str]]:
     """As Hydra's sweeper forms them: the overrides of each configuration, and the swept settings.
 
     Hydra must be initialised, as for ``compose``.
@@ -54,8 +54,7 @@ def members(overrides: Sequence[str]) -> Iterator[tuple[list[str], list[str]]]:
     params = [f"{key}={value}" for key, value in (whole.hydra.sweeper.params or {}).items()]
     every = parsed([*params, *overrides])
     swept = list(dict.fromkeys(o.key_or_group for o in every if o.is_sweep_override()))
-    for choice in BasicSweeper.split_arguments(every, None)[0]:
-        yield choice, swept
+    return BasicSweeper.split_arguments(every, None)[0], swept
 
 
 def composed(choices: Iterable[Sequence[str]]) -> Iterator[DictConfig]:

@@ -202,19 +202,13 @@ def check_settings(config: DictConfig) -> None:
         if value is not None and not expected.holds(value):
             raise ValueError(f"{key} {expected.meaning}, got {value}")
     TrainingSettings(**config.training)
-    distinct_seeds(config)
+    seeds = list(config.seeds)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be distinct and not empty, got {seeds}")
     try:
         torch.device(config.device)
     except RuntimeError:
         raise ValueError(f"device={config.device}: no device of torch, such as cpu, cuda or cuda:1") from None
-
-
-def distinct_seeds(config: DictConfig) -> list[int]:
-    """The seeds; raises ``ValueError`` where there is none, or one twice."""
-    seeds = list(config.seeds)
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds must be distinct and not empty, got {seeds}")
-    return seeds
 
 
 def register() -> None:

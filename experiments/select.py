@@ -68,8 +68,12 @@ def summarize(grid: Grid, overrides: Sequence[str], arguments: argparse.Namespac
     best = winning_runs(runs, problem, table) if winners(table) else None
     text = grid_markdown(f"{name}: {problem}", table, best)
     print(text)
-    for path in write_tables(arguments.output or runs / problem, name, table, text):
-        print(f"wrote {path}")
+    directory = arguments.output or runs / problem
+    directory.mkdir(parents=True, exist_ok=True)
+    csv, markdown = directory / f"{name}.csv", directory / f"{name}.md"
+    table.to_csv(csv, index=False, float_format="%.6g")
+    markdown.write_text(text, encoding="utf-8")
+    print(f"wrote {csv}\nwrote {markdown}")
     write_recipes(arguments.recipes, grid, table, overrides)
 
 
@@ -77,8 +81,8 @@ def expand(overrides: Sequence[str]) -> Grid:
     """All configurations of the sweep, in the order in which it trains them, without training any."""
     points, configs, keys = [], [], []
     for name in _optimizers(overrides):
-        choices = list(members([f"optimizer={name}", *_without_optimizer(overrides)]))
-        for (_, swept), config in zip(choices, composed(c for c, _ in choices), strict=True):
+        choices, swept = members([f"optimizer={name}", *_without_optimizer(overrides)])
+        for config in composed(choices):
             check_settings(config)
             points.append(_point(config, swept))
             configs.append(config)
@@ -97,21 +101,8 @@ def listing(grid: Grid) -> str:
     records = [directory for config in grid.configs for directory in run_directories(config)]
     seeds = sum(len(point.seeds) for point in grid.points)
     done = sum(directory.is_complete() for directory in records)
-    lines = [str(run_path(config)) for config in grid.configs]
-    return "\n".join(
-        [
-            *lines,
-            f"{len(grid.points)} configurations, {seeds} trainings, {done} of {len(records)} records complete",
-        ]
-    )
-
-
-def write_tables(directory: Path, name: str, table: pd.DataFrame, text: str) -> list[Path]:
-    directory.mkdir(parents=True, exist_ok=True)
-    csv, markdown = directory / f"{name}.csv", directory / f"{name}.md"
-    table.to_csv(csv, index=False, float_format="%.6g")
-    markdown.write_text(text, encoding="utf-8")
-    return [csv, markdown]
+    total = f"{len(grid.points)} configurations, {seeds} trainings, {done} of {len(records)} records complete"
+    return "\n".join([*(str(run_path(config)) for config in grid.configs), total])
 
 
 def write_recipes(directory: Path, grid: Grid, table: pd.DataFrame, overrides: Sequence[str]) -> None:

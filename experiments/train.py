@@ -25,7 +25,7 @@ from experiments.command_line import CONFIGS, launch, user_errors
 from experiments.identity import identity, one_record_per_seed, run_path
 from experiments.problems import DataError
 from experiments.records import seed_directory
-from experiments.schema import NOT_SETTINGS, check_settings, distinct_seeds, register
+from experiments.schema import NOT_SETTINGS, check_settings, register
 from experiments.training import processes
 from experiments.training.progress import Report, command_began
 from experiments.training.records import RunDirectory
@@ -108,7 +108,7 @@ def check(config: DictConfig) -> int:
         )
     if processes.started_by_torchrun():
         check_processes(config)
-    check_machine(config.device, config.threads)
+    check_machine(config.device)
     _made(config.tracking)
     build_optimizer = instantiate(_arguments(config.optimizer))
     build_optimizer(torch.nn.Linear(1, 1), likelihood="gaussian", generator=torch.Generator())
@@ -118,10 +118,10 @@ def check(config: DictConfig) -> int:
 
 def run_directories(config: DictConfig) -> list[RunDirectory]:
     """Where the records go: one for all seeds side by side, or one per seed."""
-    seeds, path, own = distinct_seeds(config), run_path(config), identity(config)
+    path, own = run_path(config), identity(config)
     if not one_record_per_seed(config):
         return [RunDirectory(path, own)]
-    return [RunDirectory(seed_directory(path, seed), own | {"seeds": [seed]}) for seed in seeds]
+    return [RunDirectory(seed_directory(path, seed), own | {"seeds": [seed]}) for seed in config.seeds]
 
 
 def build_training(config: DictConfig, seeds: Sequence[int]) -> Training:
@@ -131,10 +131,8 @@ def build_training(config: DictConfig, seeds: Sequence[int]) -> Training:
     return Training(problem, instantiate(_arguments(config.optimizer)), TrainingSettings(**settings))  # pyright: ignore
 
 
-def check_machine(device: str, threads: int) -> None:
+def check_machine(device: str) -> None:
     """Refuse a device that is not there before anything is built."""
-    if threads < 1:
-        raise ValueError(f"threads must be positive, got {threads}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device}, but torch finds no GPU here: use device=cpu")
     try:

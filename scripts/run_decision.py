@@ -41,10 +41,9 @@ def train(arms: Iterable[Arm], settings: Sequence[str]) -> None:
 
 def command(arm: Arm, settings: Sequence[str]) -> list[str]:
     """``experiments.train`` of one arm, all its seeds side by side."""
-    own = [f"{key}={value}" for key, value in arm.settings.items()]
     seeds = ",".join(map(str, arm.own_seeds))
-    where = [f"problem={arm.problem}", f"optimizer={arm.optimizer}", f"seeds=[{seeds}]", f"runs={RUNS}"]
-    return [sys.executable, "-m", "experiments.train", *where, *own, *settings]
+    own = [*arm.overrides, f"seeds=[{seeds}]", f"runs={RUNS}"]
+    return [sys.executable, "-m", "experiments.train", *own, *settings]
 
 
 def _status(arguments: list[str]) -> int:

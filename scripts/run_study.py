@@ -18,8 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def one_by_one(arm: Arm) -> list[str]:
     """A measured arm as Hydra's arguments, each seed a job of its own."""
     seeds = ",".join(f"[{seed}]" for seed in range(arm.seeds))
-    settings = [f"{key}={value}" for key, value in arm.settings.items()]
-    return [f"problem={arm.problem}", f"optimizer={arm.optimizer}", *settings, f"seeds={seeds}"]
+    return [*arm.overrides, f"seeds={seeds}"]
 
 
 STEPS = [

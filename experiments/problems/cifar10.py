@@ -14,18 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CLASSES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
-)
+CLASSES = 10
 SIZE = 32
 IMAGES = {"train": 50_000, "test": 10_000}
 VARIABLE = "KFAC2_CIFAR10"
@@ -97,8 +86,8 @@ class Cifar10:
             return Split(_channels_first(pixels[chosen.numpy()]), labels[chosen], is_jpeg=False)
         encoded, labels = _read_parquet(folder, name)
         classes = len(labels.unique())
-        if name == "train" and classes < len(CLASSES):
-            raise DataError(f"{folder}: {classes} classes in the training split, CIFAR-10 has {len(CLASSES)}")
+        if name == "train" and classes < CLASSES:
+            raise DataError(f"{folder}: {classes} classes in the training split, CIFAR-10 has {CLASSES}")
         chosen = _choose(samples, labels, f"{name} split of {folder}")
         images = [encoded[i] for i in chosen.tolist()]
         pixels = _channels_first(_decode(images))
@@ -132,7 +121,7 @@ def _read_parquet(folder: Path, split: str) -> tuple[list[Encoded], Tensor]:
     labels: list[int] = []
     for file in files:
         for number, (image, label) in enumerate(_rows(file)):
-            if not isinstance(label, int) or not 0 <= label < len(CLASSES):
+            if not isinstance(label, int) or not 0 <= label < CLASSES:
                 raise DataError(f"{file}, row {number}: the label must be 0 to 9, got {label}")
             contents.append(Encoded(image, f"{file}, row {number}"))
             labels.append(label)

@@ -75,7 +75,7 @@ def cifar_resnet(depth: int = 110, generator: torch.Generator | None = None) -> 
     """
     if depth < 8 or depth % 6 != 2:
         raise ValueError(f"a CIFAR ResNet's depth is 6n + 2 (8, 14, 20, 32, 44, 56, 110), got {depth}")
-    model = ResNet((depth - 2) // 6, len(CLASSES))
+    model = ResNet((depth - 2) // 6, CLASSES)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)

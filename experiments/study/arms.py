@@ -58,6 +58,12 @@ class Arm:
         """The changes by the full names of the settings."""
         return {KEYS[key]: value for key, value in self.changes}
 
+    @property
+    def overrides(self) -> list[str]:
+        """All but the seeds as arguments of the command line."""
+        choices = {"problem": self.problem, "optimizer": self.optimizer, **self.settings}
+        return [f"{key}={value}" for key, value in choices.items()]
+
 
 def _variant(changes: tuple[tuple[str, Any], ...]) -> str:
     return ",".join(f"{key}={value}" for key, value in sorted(changes)) or "paper"

@@ -220,37 +220,6 @@ class AuthorsAccumulated(AuthorsScale):
         return eigenvalues + damping
 
 
-def _of_lengths() -> dict[str, Callable[[float], CoarseSpace]]:
-    """Directions at a length that no coarse matrix decides."""
-
-    def by_schedule(step: int) -> float:
-        return scheduled(step, MLP_EPOCH_STEPS)
-
-    directions = {
-        "full": CoarseSpace,
-        "identity": DampingOnly,
-        "diagonal": Diagonal,
-        "permuted": PermutedBySeed,
-    }
-    bases = {"signs": random_signs, "gaussian": gaussian}
-    own: dict[str, Callable[[float], CoarseSpace]] = {
-        f"{direction}_{length}": partial(_weighted, of_length(space, ratio))
-        for length, ratio in (("scheduled", by_schedule), ("constant", constant))
-        for direction, space in directions.items()
-    }
-    return own | {
-        f"{basis}{suffix}_scheduled": partial(
-            _weighted, partial(of_length(RandomBasis, by_schedule), draw, seed=seed)
-        )
-        for basis, draw in bases.items()
-        for seed, suffix in enumerate(("", "_2", "_3"))
-    }
-
-
-def _weighted(space: Callable[..., CoarseSpace], weight: float) -> CoarseSpace:
-    return space(weight=weight)
-
-
 def _diagonal(matrix: Tensor) -> Tensor:
     """The matrix without what is off its diagonal."""
     return matrix.diagonal(dim1=-2, dim2=-1).diag_embed()
@@ -267,29 +236,45 @@ def gaussian(size: int, generator: torch.Generator) -> Tensor:
 # Schedules count steps, on any problem and with any batch: 49 are an epoch of the deep linear MLP (25,000 samples in
 # batches of 512), for which `first_epoch` and `after_epoch_5` are named.
 MLP_EPOCH_STEPS = 49
-VARIANTS: dict[str, Callable[[float], CoarseSpace]] = {
-    "full": lambda weight: CoarseSpace(weight=weight),
-    "exact": lambda weight: CoarseSpace("exact", weight=weight),
-    "observed": lambda weight: Observed(weight=weight),
-    "diagonal": lambda weight: Diagonal(weight=weight),
-    "damping_only": lambda weight: DampingOnly(weight=weight),
-    "identity": lambda weight: Identity(weight=weight),
-    "diagonal_matched": lambda weight: DiagonalMatched(weight=weight),
-    "permuted": lambda weight: Permuted(weight=weight),
-    "signs": lambda weight: RandomBasis(random_signs, weight),
-    "gaussian": lambda weight: RandomBasis(gaussian, weight),
-    "signs_2": lambda weight: RandomBasis(random_signs, weight, seed=1),
-    "signs_3": lambda weight: RandomBasis(random_signs, weight, seed=2),
-    "gaussian_2": lambda weight: RandomBasis(gaussian, weight, seed=1),
-    "gaussian_3": lambda weight: RandomBasis(gaussian, weight, seed=2),
-    "consistent": lambda weight: CoarseSpace(weight=weight, damping="consistent"),
-    "bounded": lambda weight: CoarseSpace(weight=weight, max_ratio=1.0),
-    "authors_scale": lambda weight: AuthorsScale(weight=weight),
-    "authors_accumulated": lambda weight: AuthorsAccumulated(weight=weight),
-    "first_step": lambda weight: Scheduled(1, 1, weight),
-    "first_epoch": lambda weight: Scheduled(1, MLP_EPOCH_STEPS, weight),
-    "after_epoch_5": lambda weight: Scheduled(5 * MLP_EPOCH_STEPS + 1, None, weight),
-    **_of_lengths(),
+Factory = Callable[..., CoarseSpace]
+"""``factory(weight=...)``."""
+
+
+def random_bases(space: Factory, ending: str = "") -> dict[str, Factory]:
+    """Three draws of either kind."""
+    return {
+        f"{name}{draw_number}{ending}": partial(space, draw, seed=seed)
+        for name, draw in (("signs", random_signs), ("gaussian", gaussian))
+        for seed, draw_number in enumerate(("", "_2", "_3"))
+    }
+
+
+def by_schedule(step: int) -> float:
+    return scheduled(step, MLP_EPOCH_STEPS)
+
+
+DIRECTIONS = {"full": CoarseSpace, "identity": DampingOnly, "diagonal": Diagonal, "permuted": PermutedBySeed}
+VARIANTS: dict[str, Factory] = {
+    "full": CoarseSpace,
+    "exact": partial(CoarseSpace, "exact"),
+    "observed": Observed,
+    "diagonal": Diagonal,
+    "damping_only": DampingOnly,
+    "identity": Identity,
+    "diagonal_matched": DiagonalMatched,
+    "permuted": Permuted,
+    **random_bases(RandomBasis),
+    "consistent": partial(CoarseSpace, damping="consistent"),
+    "bounded": partial(CoarseSpace, max_ratio=1.0),
+    "authors_scale": AuthorsScale,
+    "authors_accumulated": AuthorsAccumulated,
+    "first_step": partial(Scheduled, 1, 1),
+    "first_epoch": lambda **weight: Scheduled(1, MLP_EPOCH_STEPS, **weight),
+    "after_epoch_5": lambda **weight: Scheduled(5 * MLP_EPOCH_STEPS + 1, **weight),
+    # Directions at a length that no coarse matrix decides.
+    **{f"{name}_scheduled": of_length(space, by_schedule) for name, space in DIRECTIONS.items()},
+    **{f"{name}_constant": of_length(space, constant) for name, space in DIRECTIONS.items()},
+    **random_bases(of_length(RandomBasis, by_schedule), "_scheduled"),
 }
 
 
@@ -303,4 +288,4 @@ def two_level_variant(
     """
     if coarse not in VARIANTS:
         raise ValueError(f"unknown optimizer.coarse {coarse!r}: choose from {', '.join(VARIANTS)}")
-    return TwoLevelKFAC(model, lr, coarse=VARIANTS[coarse](coarse_weight), **options)
+    return TwoLevelKFAC(model, lr, coarse=VARIANTS[coarse](weight=coarse_weight), **options)

@@ -146,7 +146,7 @@ def test_only_settings_of_swept_groups_wait_for_the_choice() -> None:
 def test_members_are_composed_as_hydra_does() -> None:
     sweep = ["optimizer=sgd,kfac", "optimizer.lr=1e-2,1e-3", "seeds=[0],[1]", "problem.depth=3", "+sweep.x=1"]
     with initialize_config_dir(CONFIGS, version_base="1.3"):
-        choices = [choice for choice, _ in members([*sweep[:-1], "training.milestones=[0.5]"])]
+        choices, _ = members([*sweep[:-1], "training.milestones=[0.5]"])
         assert len(choices) == 8
         assert list(composed(choices)) == [compose("train", overrides=choice) for choice in choices]
 

@@ -15,7 +15,7 @@ from experiments.identity import identity, run_path
 from experiments.overrides import check_overrides
 from experiments.problems import Cifar10, CifarResNet
 from experiments.problems.cifar10 import Split
-from experiments.schema import fast_bfloat16
+from experiments.schema import check_settings, fast_bfloat16
 from experiments.train import CONFIGS, build_training, check_machine, run_directories, train
 from kfac2 import KFAC, TwoLevelKFAC
 from kfac2.optim.first_order import SGD, Adam
@@ -224,7 +224,7 @@ def test_each_seed_of_a_resnet_has_its_record() -> None:
     assert together.path == Path("runs/deep_linear_mlp/sgd/seeds=4-1")
     assert together.config["seeds"] == [4, 1]
     with pytest.raises(ValueError, match=r"distinct and not empty, got \[1, 1\]"):
-        run_directories(config(f"problem={PREVIEW}", "seeds=[1,1]"))
+        check_settings(config(f"problem={PREVIEW}", "seeds=[1,1]"))
 
 
 @pytest.mark.usefixtures("hydra")
@@ -372,12 +372,7 @@ def test_multirun_over_optimizers_on_both_cores(tmp_path: Path) -> None:
     assert made == {"sgd", "two_level_kfac"}
 
 
-def test_no_threads_are_refused() -> None:
-    with pytest.raises(ValueError, match="threads must be positive"):
-        check_machine("cpu", 0)
-
-
 def test_an_absent_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match="use device=cpu"):
-        check_machine("cuda:0", 1)
+        check_machine("cuda:0")

@@ -105,7 +105,7 @@ def test_a_conversion_between_the_refresh_and_the_step_asks_for_the_refresh_agai
 @pytest.mark.parametrize("name", [None, "signs", "observed", "diagonal_matched"])
 def test_a_model_moved_to_another_device(name: str | None) -> None:
     model, twin = network(), network()
-    spaces: list[Any] = [None if name is None else VARIANTS[name](1.0) for _ in range(2)]
+    spaces: list[Any] = [None if name is None else VARIANTS[name]() for _ in range(2)]
     optimizer, other = (build(TwoLevelKFAC, m, coarse=s) for m, s in zip((model, twin), spaces, strict=True))
     train(model, optimizer, 3, empirical=True)
     train(twin, other, 3 + STEPS, empirical=True)

@@ -313,7 +313,7 @@ def test_the_authors_off_diagonals_are_as_many_times_too_large_as_a_map_has_posi
     maps = {i: (torch.randn(1, 4, size, size), torch.randn(1, 4, size, size)) for i in range(3)}
     matrices = []
     for name in ("full", "authors_scale"):
-        space = VARIANTS[name](1.0)
+        space = VARIANTS[name]()
         space.bind([(5, 4)] * 3, 1, torch.device("cpu"))
         space.accumulate(maps)
         space.fold(0.0)
@@ -385,7 +385,7 @@ def test_what_is_observed_is_the_exact_coarse_fisher() -> None:
 
 
 def test_schedules() -> None:
-    spaces = {name: VARIANTS[name](1.0) for name in ("first_step", "first_epoch", "after_epoch_5")}
+    spaces = {name: VARIANTS[name]() for name in ("first_step", "first_epoch", "after_epoch_5")}
     limits = {name: (s.first, s.last) for name, s in spaces.items() if isinstance(s, Scheduled)}
     assert limits == {"first_step": (1, 1), "first_epoch": (1, 1), "after_epoch_5": (6, None)}
 
@@ -414,7 +414,7 @@ def test_each_seed_has_a_permutation_of_its_own_which_stays() -> None:
 
 def test_random_bases_are_fixed_and_as_long_as_the_ones() -> None:
     for name in ("signs", "gaussian"):
-        first, second = (VARIANTS[name](1.0) for _ in range(2))
+        first, second = (VARIANTS[name]() for _ in range(2))
         assert isinstance(first, RandomBasis)
         assert isinstance(second, RandomBasis)
         for space in (first, second):
@@ -424,14 +424,14 @@ def test_random_bases_are_fixed_and_as_long_as_the_ones() -> None:
             for one, other in zip(first.patterns[i], second.patterns[i], strict=True):
                 assert torch.equal(one, other)
         assert not torch.equal(first.patterns[0][0], first.patterns[1][0])
-        another = VARIANTS[f"{name}_2"](1.0)
+        another = VARIANTS[f"{name}_2"]()
         assert isinstance(another, RandomBasis)
         another.bind([(5, 4), (5, 4), (3, 7)], 1, torch.device("cpu"))
         assert not torch.equal(first.patterns[0][0], another.patterns[0][0])
 
 
 def test_permutations_differ_between_refreshes() -> None:
-    space = VARIANTS["permuted"](1.0)
+    space = VARIANTS["permuted"]()
     assert isinstance(space, Permuted)
     space.bind([(1, 1)] * 20, 1, torch.device("cpu"))
     orders = []
