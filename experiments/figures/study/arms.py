@@ -12,7 +12,7 @@ from experiments.figures.curves import Runs, loss_against_epochs, plain_log
 from experiments.figures.figures import panels, set_title
 from experiments.figures.markdown import RANGE, Cell, Columns, column, interval, markdown_table
 from experiments.figures.statistics import final_summary, paired_difference, paired_ratio, seed_median
-from experiments.figures.study.drawing import NORMAL
+from experiments.figures.study.drawing import NORMAL, draw_ratios
 from experiments.figures.style import OPTIMIZERS, Style
 from experiments.records import FINAL_EPOCHS, Run
 from experiments.study.arms import FULL, ONE_LEVEL
@@ -88,36 +88,19 @@ def arms_figure(arms: Runs, title: str) -> Figure:
     looks = styles(list(arms))
     with panels(2, 2, NORMAL) as (figure, ((loss, ratios), (nu, length))):
         loss_against_epochs(loss, arms, styles=looks)
-        draw_ratios(ratios, arms, looks)
+        draw_final_ratios(ratios, arms, looks)
         draw_trace(nu, arms, looks, "nu")
         draw_trace(length, arms, looks, "coarse_ratio")
         set_title(loss, title)
     return figure
 
 
-def draw_ratios(axes: Axes, arms: Runs, looks: dict[str, Style]) -> None:
-    """Final losses relative to one level's, a line per arm: a dot per seed, the geometric mean and its 95%
-    interval."""
+def draw_final_ratios(axes: Axes, arms: Runs, looks: dict[str, Style]) -> None:
+    """Final losses relative to one level's, a line per arm."""
     losses = {name: run.final_losses() for name, run in arms.items()}
     base = losses.pop(ONE_LEVEL)
-    names = []
-    for place, (name, own) in enumerate(losses.items()):
-        pair = paired_ratio(own, base)
-        mean, low, high = (pair[key] for key in ("ratio", "low", "high"))
-        color = looks[name].color
-        axes.plot(own / base, np.full(len(own), place - 0.15), ".", color=color, alpha=0.4, markersize=4)
-        axes.errorbar(
-            mean, place + 0.1, xerr=[[mean - low], [high - mean]], fmt="o", color=color, markersize=3.5
-        )
-        whole = pair["seeds"] == len(own)
-        names.append(name if whole else f"{name} ({pair['seeds']} of {len(own)} pairs)")
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    plain_log(axes, "x")
-    axes.set_xlabel(
-        f"final training loss / {ONE_LEVEL}'s\n(geometric mean and 95% interval; dots: seeds)", fontsize=7
-    )
+    pairs = {name: (own, base) for name, own in losses.items()}
+    draw_ratios(axes, pairs, [looks[name].color for name in pairs], f"final training loss / {ONE_LEVEL}'s")
 
 
 def draw_trace(axes: Axes, arms: Runs, looks: dict[str, Style], trace: str) -> None:

@@ -1,12 +1,16 @@
 """What several of the study's figures draw with."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, NullLocator
 
+from experiments.figures.curves import plain_log
 from experiments.figures.markdown import plain
+from experiments.figures.statistics import paired_ratio
 from experiments.figures.style import Style
 
 OVER_SEEDS = "median and range over 10 seeds"
@@ -30,6 +34,27 @@ def draw_line(axes: Axes, x: Any, middle: Any, low: Any, high: Any, style: Style
         if some.any():  # an empty line that is not clipped collapses the layout
             marks["label"] = f"{style.label}: {how_many} seeds diverged"
             axes.plot(x[some], np.ones(some.sum()), "^", **marks, **place)
+
+
+def draw_ratios(
+    axes: Axes, pairs: Mapping[str, tuple[pd.Series, pd.Series]], colors: Iterable[str], of: str, **ticks: Any
+) -> None:
+    """A line per pair: a dot for each seed's ratio first / second, their geometric mean and its 95% interval. A name
+    says how many pairs there are where a seed is lost; ``of``: what is divided by what; ``ticks``: of the names."""
+    names = []
+    for place, ((name, (first, second)), color) in enumerate(zip(pairs.items(), colors, strict=True)):
+        pair, count = paired_ratio(first, second), len(first)
+        mean, low, high = (pair[key] for key in ("ratio", "low", "high"))
+        axes.plot(first / second, np.full(count, place - 0.15), ".", color=color, alpha=0.4, markersize=4)
+        axes.errorbar(
+            mean, place + 0.1, xerr=[[mean - low], [high - mean]], fmt="o", color=color, markersize=3.5
+        )
+        names.append(name if pair["seeds"] == count else f"{name} ({pair['seeds']} of {count} pairs)")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names, **ticks)
+    axes.invert_yaxis()
+    plain_log(axes, "x")
+    axes.set_xlabel(f"{of}\n(geometric mean and 95% interval; dots: seeds)", fontsize=7)
 
 
 def only_these(axes: Axes, values: list[float]) -> None:

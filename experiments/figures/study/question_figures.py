@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from experiments.figures.curves import Runs, add_legend, loss_against_epochs, loss_against_seconds, plain_log
 from experiments.figures.figures import panels, set_title
 from experiments.figures.scales import MLP
-from experiments.figures.study.arms import draw_ratios, draw_trace, styles
+from experiments.figures.study.arms import draw_final_ratios, draw_trace, styles
 from experiments.figures.study.drawing import NORMAL, OVER_SEEDS, WIDE, draw_line, only_these
 from experiments.figures.style import OPTIMIZERS, Style
 
@@ -65,7 +65,7 @@ def tuning_figure(tables: Mapping[str, pd.DataFrame], arms: Runs, variants: Runs
         line.set_ylabel("final training loss")
         add_legend(line, OVER_SEEDS, columns=1)
         set_title(line, MLP.title, "other settings: winners of the grid")
-        draw_ratios(ratios, variants, styles(list(variants)))
+        draw_final_ratios(ratios, variants, styles(list(variants)))
         set_title(ratios, "variants at the settings that", "won the grid for one level")
         loss_against_epochs(epochs, arms, styles=of_arms)
         loss_against_seconds(seconds, arms, styles=of_arms)
