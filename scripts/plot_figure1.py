@@ -20,6 +20,7 @@ from experiments.figures.arguments import (
     readable,
     resnet_arguments,
     runs_if_any,
+    save_markdown,
     say_written,
 )
 from experiments.figures.scales import MLP
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     paths = save_figure(figure1(panels), arguments.output, "figure1")
     paths += save_figure(figure1_seconds(panels), arguments.output, "figure1_seconds")
-    say_written(paths, arguments.output / "figure1.md", markdown)
+    say_written(*paths, save_markdown(markdown, arguments.output, "figure1"))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from experiments.figures.scales import MLP
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = plot_arguments(__doc__).parse_args(argv)
     panel = Panel(MLP.title, read_records(arguments, MLP.problem))
-    say_written(save_figure(accuracy_figure(panel), arguments.output, "figure2"))
+    say_written(*save_figure(accuracy_figure(panel), arguments.output, "figure2"))
 
 
 if __name__ == "__main__":

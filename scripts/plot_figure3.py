@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from experiments.figures import accuracy_figure, final_markdown, save_figure
-from experiments.figures.arguments import read_resnet, readable, resnet_arguments, say_written
+from experiments.figures.arguments import read_resnet, readable, resnet_arguments, save_markdown, say_written
 
 
 @readable()
@@ -11,7 +11,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = resnet_arguments(__doc__).parse_args(argv)
     panel, controls = read_resnet(arguments)
     paths = save_figure(accuracy_figure(panel), arguments.output, "figure3")
-    say_written(paths, arguments.output / "figure3.md", final_markdown(panel, controls))
+    text = final_markdown(panel, controls)
+    say_written(*paths, save_markdown(text, arguments.output, "figure3"))
 
 
 if __name__ == "__main__":

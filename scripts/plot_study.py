@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from experiments.figures import NoRecordsError, RecordError, save_figure
-from experiments.figures.arguments import place_arguments
+from experiments.figures.arguments import place_arguments, say_written
 from experiments.figures.study.bound_figure import upper_bound_figure
 from experiments.figures.study.decision import (
     RULE,
@@ -49,15 +49,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"question {number}: {error}")
             continue
         sections.append(f"{heading}\n\n![{question.title}]({question.name}.png)\n\n{answer.text}")
-        print("wrote", ", ".join(map(str, save_figure(answer.figure, arguments.output, question.name))))
+        say_written(*save_figure(answer.figure, arguments.output, question.name))
     arguments.output.mkdir(parents=True, exist_ok=True)
     tables = arguments.output / "tables.md"
     tables.write_text("\n\n".join(["# The study's tables", *sections]) + "\n", encoding="utf-8")
-    print(f"wrote {tables}")
+    say_written(tables)
     decision = arguments.output / "decision.md"
     decided = Study(arguments.records / "decision")
     decision.write_text(_decisions(decided) + "\n", encoding="utf-8")
-    print(f"wrote {decision}")
+    say_written(decision)
     for name, draw in (("decision", decision_figure), ("upper_bound", upper_bound_figure)):
         with suppress(NoRecordsError):
             save_figure(draw(decided), arguments.output, name)

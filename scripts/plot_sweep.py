@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         axes.set_ylim(min(limits), max(limits))
     paths = save_figure(figure, arguments.output, f"{sweep}_best")
     paths += save_figure(sensitivity_figure(table, title), arguments.output, f"{sweep}_sensitivity")
-    say_written(paths)
+    say_written(*paths)
 
 
 if __name__ == "__main__":

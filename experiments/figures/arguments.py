@@ -1,7 +1,7 @@
-"""What the plot scripts share: command-line arguments, the records they ask for, and what is said at the end."""
+"""What the plot scripts share: command-line arguments, the records they ask for, and what is said of the files."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -100,10 +100,13 @@ def runs_if_any(root: Path, problem: str, variant: str = PAPER) -> Runs | None:
         return None
 
 
-def say_written(paths: Sequence[Path], table: Path | None = None, markdown: str = "") -> None:
-    """Name the files, after writing and printing the numbers behind them, if any, to ``table``."""
-    if table:
-        table.write_text(markdown, encoding="utf-8")
-        print(markdown)
-        paths = [*paths, table]
+def save_markdown(text: str, directory: Path, name: str) -> Path:
+    """Print the numbers behind a figure, and write them beside it."""
+    path = directory / f"{name}.md"
+    path.write_text(text, encoding="utf-8")
+    print(text)
+    return path
+
+
+def say_written(*paths: Path) -> None:
     print("wrote", ", ".join(map(str, paths)))

@@ -9,7 +9,7 @@ from experiments.figures.figures import panels, set_title
 from experiments.figures.scales import MLP
 from experiments.figures.statistics import final_summary
 from experiments.figures.study.decision import ONE, OUTCOMES, SELECTED_BY, SELECTION, TWO, chosen
-from experiments.figures.study.drawing import WIDE, draw_line, draw_ratios
+from experiments.figures.study.drawing import WIDE, draw_ratios, draw_table
 from experiments.figures.study.records import Study
 from experiments.figures.style import OPTIMIZERS, Style
 from experiments.study.decision import DAMPINGS, GRID, MOMENTA, TEST, arm
@@ -25,8 +25,7 @@ def decision_figure(study: Study) -> Figure:
             for momentum in MOMENTA:
                 look = Style(f"{level}, μ {momentum:g}", LOOKS[level].color, DASHES[momentum])
                 table = best_by_damping(study, level, momentum)
-                ends = table["lowest"], table["highest"]
-                draw_line(by_damping, table["λ"], table["median"], *ends, look)
+                draw_table(by_damping, table, "λ", look)
         plain_log(by_damping, "xy")
         by_damping.set_xlabel("damping λ")
         by_damping.set_ylabel(SELECTED_BY[0])

@@ -36,6 +36,11 @@ def draw_line(axes: Axes, x: Any, middle: Any, low: Any, high: Any, style: Style
             axes.plot(x[some], np.ones(some.sum()), "^", **marks, **place)
 
 
+def draw_table(axes: Axes, table: pd.DataFrame, x: str, style: Style) -> None:
+    """``draw_line`` of ``final_summary``'s against the column ``x``."""
+    draw_line(axes, table[x], table["median"], table["lowest"], table["highest"], style)
+
+
 def draw_ratios(
     axes: Axes, pairs: Mapping[str, tuple[pd.Series, pd.Series]], colors: Iterable[str], of: str, **ticks: Any
 ) -> None:

@@ -3,14 +3,13 @@
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.figures.curves import Runs, add_legend, loss_against_epochs, loss_against_seconds, plain_log
 from experiments.figures.figures import panels, set_title
 from experiments.figures.scales import MLP
 from experiments.figures.study.arms import draw_final_ratios, draw_trace, styles
-from experiments.figures.study.drawing import NORMAL, OVER_SEEDS, WIDE, draw_line, only_these
+from experiments.figures.study.drawing import NORMAL, OVER_SEEDS, WIDE, draw_line, draw_table, only_these
 from experiments.figures.style import OPTIMIZERS, Style
 
 
@@ -27,9 +26,9 @@ def damping_figure(
     looks = styles(list(weights))
     with panels(2, 2, NORMAL) as (figure, ((by_weight, by_lambda), (nu, length))):
         for name, table in weights.items():
-            _draw_table(by_weight, table, "weight", looks[name])
+            draw_table(by_weight, table, "weight", looks[name])
         for (name, table), key in zip(lambdas.items(), ("kfac", "two_level_kfac"), strict=True):
-            _draw_table(by_lambda, table, "damping", OPTIMIZERS[key]._replace(label=name))
+            draw_table(by_lambda, table, "damping", OPTIMIZERS[key]._replace(label=name))
         plain_log(by_weight, "y")
         plain_log(by_lambda, "y")
         by_lambda.set_xscale("log")
@@ -58,7 +57,7 @@ def tuning_figure(tables: Mapping[str, pd.DataFrame], arms: Runs, variants: Runs
     of_arms = {arm: looks[name]._replace(label=arm) for arm, name in zip(arms, tables, strict=True)}
     with panels(2, 2, WIDE) as (figure, ((line, ratios), (epochs, seconds))):
         for name, table in tables.items():
-            _draw_table(line, table, "lr", looks[name])
+            draw_table(line, table, "lr", looks[name])
         plain_log(line, "xy")
         line.set_ylim(top=1)  # what explodes leaves the panel
         line.set_xlabel("learning rate η")
@@ -118,7 +117,3 @@ def convolutions_figure(coarse: pd.DataFrame, numbers: Mapping[str, str], remark
         add_legend(row[0], "median, and the single seeds", columns=2)
         set_title(row[0], "ResNet20 on CIFAR10", *remarks)
     return figure
-
-
-def _draw_table(axes: Axes, table: pd.DataFrame, x: str, style: Style) -> None:
-    draw_line(axes, table[x], table["median"], table["lowest"], table["highest"], style)
