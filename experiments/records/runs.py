@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -210,14 +211,9 @@ def find_runs(
 
 def _record_directories(home: Path, variant: str | None, optimizer: str | None = None) -> list[Path]:
     """In the order of optimizers and variants, and of the seeds as numbers."""
-    paths = [*home.glob("*/*"), *home.glob(f"*/*/{SEED_PREFIX}*")]
-    variants = {path: path.relative_to(home).parts[:2] for path in paths}
-    found = [
-        path
-        for path in paths
-        if optimizer in (None, variants[path][0]) and variant in (None, variants[path][1]) and is_record(path)
-    ]
-    return sorted(found, key=lambda path: (variants[path], len(path.name), path.name))
+    wanted = "/".join("*" if name is None else escape(name) for name in (optimizer, variant))
+    paths = filter(is_record, [*home.glob(wanted), *home.glob(f"{wanted}/{SEED_PREFIX}*")])
+    return sorted(paths, key=lambda path: (path.relative_to(home).parts[:2], len(path.name), path.name))
 
 
 def _check_place(record: Record, home: Path) -> None:
