@@ -7,7 +7,7 @@ python -m experiments.select optimizer=sgd,adam optimizer.lr=1e-2,3e-3,1e-3
 Takes the arguments of experiments.train (problem, sweep, optimizer, runs, any setting), and trains nothing.
 """
 
-import argparse
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"error: {one_line(error)}") from None
 
 
-def summarize(grid: Grid, overrides: Sequence[str], arguments: argparse.Namespace) -> None:
+def summarize(grid: Grid, overrides: Sequence[str], arguments: Namespace) -> None:
     """Print and write the table, and write the winners' recipes."""
     config = grid.configs[0]
     problem, runs = config.problem.name, Path(config.runs)
@@ -176,10 +176,8 @@ def _short(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parse(argv: Sequence[str] | None) -> tuple[Namespace, list[str]]:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="list the runs instead, with their number")
     parser.add_argument("--output", type=Path, help="directory of the tables (default: <runs>/<problem>)")
     parser.add_argument("--recipes", type=Path, default=Path(CONFIGS) / "recipe", help="of the winners")

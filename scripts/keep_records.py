@@ -4,8 +4,8 @@ Curves, and the tables of the study's measurements, are rounded to six significa
 already is left alone. The study's go to --into results/study.
 """
 
-import argparse
 import shutil
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,9 +19,7 @@ PACKED = {"method": "gzip", "mtime": 0}  # the same table gives the same bytes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="<runs>/<problem>, or <runs>/<measurement>")
     parser.add_argument("--into", type=Path, default=Path("results"), help="default: results")
     arguments = parser.parse_args(argv)

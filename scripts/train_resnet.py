@@ -5,9 +5,9 @@ python scripts/train_resnet.py --scale=reduced optimizer=sgd,adam training.batch
 python scripts/train_resnet.py --scale=full --list
 """
 
-import argparse
 import subprocess
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -36,9 +36,7 @@ class Planned(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=SCALES, required=True)
     parser.add_argument("--seeds", help="such as 3,4 (default: the scale's)")
     parser.add_argument(

@@ -1,7 +1,8 @@
 """The study's arms, declared once: ``experiments.train arm=...`` trains them, the questions read their records."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 # What arms change, at the paper's values for the MLP. A weight of 0 is one level.
@@ -93,6 +94,7 @@ def variants(spaces: Mapping[str, str], **settings: Any) -> dict[str, Arm]:
     return {ONE_LEVEL: one(**settings)} | own
 
 
+LEVELS: dict[str, Callable[..., Arm]] = {"one level": one, "two levels": two}
 ONE_LEVEL, FULL = "one level", "full"
 CONTROLS = {
     FULL: "full",
@@ -135,7 +137,7 @@ WEIGHTS = {
 }
 LAMBDAS = {
     level: {value: build(damping=value) for value in (1e-5, 1e-4, 1e-3, 1e-2)}
-    for level, build in (("one level", one), ("two levels", two))
+    for level, build in LEVELS.items()
 }
 
 # Question 5: learning rates and variants at the winners of the paper's grid (one level has momentum, two have none),
@@ -149,18 +151,10 @@ RATES = {
         ("two levels, μ 0.9", two),
     )
 }
+OUTSIDE_THE_GRID = (*product((1e-5, 1e-4), (3e-4, 1e-3, 3e-3, 1e-2)), (1e-3, 1e-3), (1e-2, 1e-3))
 BELOW_THE_GRID = {
-    level: {
-        (damping, rate): build(damping=damping, lr=rate)
-        for damping, rates in {
-            1e-5: (3e-4, 1e-3, 3e-3, 1e-2),
-            1e-4: (3e-4, 1e-3, 3e-3, 1e-2),
-            1e-3: (1e-3,),
-            1e-2: (1e-3,),
-        }.items()
-        for rate in rates
-    }
-    for level, build in (("one level", one), ("two levels", two))
+    level: {(damping, rate): build(damping=damping, lr=rate) for damping, rate in OUTSIDE_THE_GRID}
+    for level, build in LEVELS.items()
 }
 TUNED_VARIANTS = variants(CONTROLS | BASES | TIMES, **BEST)
 

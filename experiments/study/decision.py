@@ -1,18 +1,16 @@
 """The arms that the verdict is decided by, as results/study/rules.md states them; below ``results/decision``."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
 
-from experiments.study.arms import FULL, ONE_LEVEL, Arm, one, two, variant
+from experiments.study.arms import FULL, LEVELS, ONE_LEVEL, Arm, variant
 
 SELECTION, TEST = range(5), range(5, 20)
 """Seeds that choose a level's settings, and those that compare the chosen ones."""
 DAMPINGS, RATES, MOMENTA = (1e-3, 1e-4, 1e-5, 1e-6), (3e-4, 1e-3, 3e-3, 1e-2), (0.0, 0.9)
 Setting = tuple[float, float, float]
 """λ, η and μ."""
-LEVELS: dict[str, Callable[..., Arm]] = {"one level": one, "two levels": two}
 
 
 def arm(level: str, setting: Setting, seeds: range = SELECTION) -> Arm:
