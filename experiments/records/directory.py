@@ -129,10 +129,8 @@ class RecordDirectory:
         except RecordInUseError:
             raise  # another process is doing it
         except Exception as error:
-            with (
-                suppress(OSError),
-                self.locked(),
-            ):  # a full disk takes no failure either: the first error counts
+            # A full disk takes no failure either: the first error counts.
+            with suppress(OSError), self.locked():
                 content = {
                     "error": " ".join(f"{type(error).__name__}: {error}".split()),
                     "config": self.config,
