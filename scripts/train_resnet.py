@@ -11,7 +11,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,8 +28,8 @@ class Planned(NamedTuple):
     """One training: its record's directory, its optimizer, its epochs, how many are done and their seconds."""
 
     path: Path
-    optimizer: str = ""
-    epochs: int = 0
+    optimizer: str
+    epochs: int
     done: int = 0
     seconds: float = 0.0
     machine: str = ""
@@ -82,22 +82,21 @@ def trainings(problem: str, seeds: Sequence[str], settings: Sequence[str]) -> li
     """Those of all optimizers, or of those in ``settings``, each as far as it is here, else in results/."""
     grid = planned([f"problem={problem}", f"seeds=[{','.join(seeds)}]", *settings])
     return [
-        _as_far(
-            Path(config.runs), seed_directory(Path(problem, point.optimizer, point.variant), seed)
-        )._replace(optimizer=point.optimizer, epochs=config.training.epochs)
+        _as_far(config, point.optimizer, seed_directory(Path(problem, point.optimizer, point.variant), seed))
         for point, config in zip(grid.points, grid.configs, strict=True)
         for seed in point.seeds
     ]
 
 
-def _as_far(runs: Path, path: Path) -> Planned:
+def _as_far(config: Any, optimizer: str, path: Path) -> Planned:
     """What the record says of itself."""
-    for place in (runs / path, COMMITTED / path):
+    here, epochs = Path(config.runs, path), config.training.epochs
+    for place in (here, COMMITTED / path):
         with suppress(NoRecordsError):
             record = load_record(ROOT / place)
             last = record.curves.iloc[-1]
-            return Planned(place, done=int(last["epoch"]), seconds=last["seconds"], machine=record.machine)
-    return Planned(runs / path)
+            return Planned(place, optimizer, epochs, int(last["epoch"]), last["seconds"], record.machine)
+    return Planned(here, optimizer, epochs)
 
 
 def listing(plan: Sequence[Planned]) -> str:
