@@ -32,6 +32,7 @@ from tests.optim.loop import (
     replicated,
     same,
     seeds,
+    train,
     values,
 )
 from tests.reference.adaptive import flat, jacobian, literal_changes, literal_rule, output_hessian
@@ -79,20 +80,11 @@ def adapt(optimizer: Any, model: nn.Module, step: int, call: Any = None) -> None
     optimizer.adapt_damping(partial(call or model, x), partial(F.cross_entropy, target=y))
 
 
-def one_step(optimizer: Any, model: nn.Module, step: int) -> None:
-    x, y = batch(step)
-    optimizer.zero_grad()
-    output = model(x)
-    optimizer.update_curvature(output)
-    F.cross_entropy(output, y).backward()
-    optimizer.step()
-
-
 def train_adaptively(optimizer: Any, model: nn.Module, steps: int, first: int = 0) -> list[float]:
     """λ after each step."""
     path = []
     for step in range(first, first + steps):
-        one_step(optimizer, model, step)
+        train(model, optimizer, 1, step)
         adapt(optimizer, model, step)
         path.append(float(optimizer.diagnostics["damping"]))
     return path
@@ -252,7 +244,7 @@ def test_damping_follows_the_literal_rule(kind: type[KFAC], inverse: str) -> Non
     names, damping, directions = [name for name, _ in model.named_parameters()], 0.03, set()
     for step in range(24):
         before = values(model)
-        one_step(optimizer, model, step)
+        train(model, optimizer, 1, step)
         if step % 2 == 1:
             x, y = batch(step)
             loss = partial(F.cross_entropy, target=y)
@@ -272,7 +264,7 @@ def test_only_preconditioned_parameters_take_part() -> None:
     optimizer = build(KFAC, model, adaptive_damping=LevenbergMarquardt(interval=1), exclude=["5"])
     names = [f"{i}.{kind}" for i in (0, 3) for kind in ("weight", "bias")]
     before = [model.get_parameter(name).detach().clone() for name in names]
-    one_step(optimizer, model, 0)
+    train(model, optimizer, 1, 0)
     assert isinstance(optimizer._damping, AdaptiveDamping)
     remembered = optimizer._damping._before
     assert [p is model.get_parameter(name) for p, name in zip(remembered, names, strict=True)] == [True] * 4
@@ -429,7 +421,7 @@ def test_it_leaves_no_trace() -> None:
     """Buffers, generators, gradients and parameters are as before, and both passes drop the same units."""
     model = Noisy()
     optimizer = build(KFAC, model, adaptive_damping=LevenbergMarquardt(interval=1))
-    one_step(optimizer, model, 0)
+    train(model, optimizer, 1, 0)
     before, random = {k: x.clone() for k, x in model.state_dict().items()}, torch.get_rng_state()
     gradients, own = [p.grad for p in model.parameters()], list(model.parameters())
     outputs = []
@@ -486,15 +478,15 @@ def test_a_state_of_the_other_kind_is_refused() -> None:
 def test_it_does_nothing_where_damping_is_fixed_or_no_step_is_to_be_judged() -> None:
     model = network()
     optimizer = build(KFAC, model)
-    one_step(optimizer, model, 0)
+    train(model, optimizer, 1, 0)
     optimizer.adapt_damping(NEVER, NEVER)
     SGD(model, 0.1).adapt_damping(NEVER, NEVER)
     model = network()
     optimizer = build(KFAC, model, adaptive_damping=RULE)
     optimizer.adapt_damping(NEVER, NEVER)
-    one_step(optimizer, model, 0)
+    train(model, optimizer, 1, 0)
     optimizer.adapt_damping(NEVER, NEVER)
-    one_step(optimizer, model, 1)
+    train(model, optimizer, 1, 1)
     adapt(optimizer, model, 1)
     optimizer.adapt_damping(NEVER, NEVER)
     assert float(optimizer.diagnostics["damping"]) != 1e-2
@@ -504,7 +496,7 @@ def test_a_loss_that_is_not_finite_makes_it_grow() -> None:
     model = network()
     optimizer = build(KFAC, model, adaptive_damping=RULE)
     for step in range(2):
-        one_step(optimizer, model, step)
+        train(model, optimizer, 1, step)
     optimizer.adapt_damping(partial(model, batch(1)[0]), lambda output: output.square().sum() * torch.nan)
     assert float(optimizer.diagnostics["damping"]) == pytest.approx(1e-2 * UP)
 
@@ -512,10 +504,10 @@ def test_a_loss_that_is_not_finite_makes_it_grow() -> None:
 def test_a_forgotten_call_is_an_error() -> None:
     model = network()
     optimizer = build(KFAC, model, adaptive_damping=RULE)
-    one_step(optimizer, model, 0)
-    one_step(optimizer, model, 1)
+    train(model, optimizer, 1, 0)
+    train(model, optimizer, 1, 1)
     with pytest.raises(RuntimeError, match=r"step 2 was to be judged: call optimizer.adapt_damping"):
-        one_step(optimizer, model, 2)
+        train(model, optimizer, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -536,7 +528,7 @@ def test_a_forgotten_call_is_an_error() -> None:
 def test_what_is_returned_must_fit(forward: Any, loss: Any, error: type[Exception], message: str) -> None:
     model = network()
     optimizer = build(KFAC, model, adaptive_damping=LevenbergMarquardt(interval=1))
-    one_step(optimizer, model, 0)
+    train(model, optimizer, 1, 0)
     with pytest.raises(error, match=message):
         optimizer.adapt_damping(forward(model), loss)
 
