@@ -118,9 +118,10 @@ class Run:
         """The mean training loss over the last ``FINAL_EPOCHS`` epochs by seed; NaN for a diverged seed."""
         return self.table("train_loss").tail(FINAL_EPOCHS).mean(skipna=False)
 
-    def final_test_losses(self) -> pd.Series:
-        """The median test loss over the last ``FINAL_EPOCHS`` epochs by seed, which single spikes leave alone."""
-        return self.table("test_loss").tail(FINAL_EPOCHS).median(skipna=False)
+    def final_test_losses(self, epoch: int | None = None) -> pd.Series:
+        """The median test loss over the last ``FINAL_EPOCHS`` epochs by seed, which single spikes leave alone, up to an
+        epoch (None: the last one)."""
+        return self.table("test_loss").loc[:epoch].tail(FINAL_EPOCHS).median(skipna=False)
 
     def full_batch_losses(self, epoch: int | None = None) -> pd.Series:
         """The loss over all training samples as one batch, by seed, after an epoch (None: the last one); NaN for a

@@ -11,16 +11,14 @@ from experiments.figures.statistics import final_summary
 from experiments.figures.study.decision import comparison, lowest
 from experiments.figures.study.records import Study
 from experiments.figures.study.words import compared
-from experiments.records import FINAL_EPOCHS, NoRecordsError, Run
+from experiments.records import NoRecordsError, Run
 from experiments.study.arms import Arm
 from experiments.study.decision import BLOCKS, EXACT, SELECTION, TEST, WHOLE, Net, Step, exact
 
 CAN_HELP = 0.95
 OUTCOMES: dict[str, Callable[[Run, int], pd.Series]] = {
     "full-batch training loss": Run.full_batch_losses,
-    "test loss": lambda run, epoch: (
-        run.table("test_loss").loc[:epoch].tail(FINAL_EPOCHS).median(skipna=False)
-    ),
+    "test loss": Run.final_test_losses,
 }
 """The rule's, which also chooses; and a seed's median over the epochs up to then."""
 SHAPE = ("block_cosine", "block_ratio")
