@@ -16,6 +16,7 @@ from experiments.figures.study.decision import (
     tuned_markdown,
 )
 from experiments.figures.study.decision_figure import decision_figure
+from experiments.figures.study.hypotheses import adaptive_markdown, convolutions_markdown
 from experiments.figures.study.outcomes import chosen_by_test_loss, headline_markdown, headline_table
 from experiments.figures.study.questions import QUESTIONS
 from experiments.figures.study.records import Study
@@ -30,6 +31,8 @@ DECISIONS: dict[str, tuple[Callable[[Study], str], ...]] = {
         f"3. The upper bound{where}": (partial(chosen_markdown, net=net), partial(verdict_markdown, net=net))
         for where, net in (("", DEEP_LINEAR), (", ReLU with layer norm", LAYER_NORM))
     },
+    "4. A damping that finds itself": (adaptive_markdown,),
+    "5. Convolutions": (convolutions_markdown,),
 }
 
 

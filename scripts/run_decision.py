@@ -13,7 +13,16 @@ from joblib import Parallel, cpu_count, delayed
 from experiments.figures.study.decision import finalists
 from experiments.figures.study.records import Study
 from experiments.figures.study.upper_bound import contestants
-from experiments.study.decision import CONTROLS, EXACT, GRID, PAPERS, REPEATED, Arm
+from experiments.study.decision import (
+    ADAPTIVE,
+    CONTROLS,
+    CONVOLUTIONAL,
+    EXACT,
+    GRID,
+    PAPERS,
+    REPEATED,
+    Arm,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = "runs/decision"
@@ -22,10 +31,11 @@ RUNS = "runs/decision"
 def main(argv: Sequence[str] | None = None) -> None:
     settings = list(sys.argv[1:] if argv is None else argv)
     exact = [arm for grids in EXACT.values() for arms in grids.values() for arm in arms.values()]
-    grid = [arm for arms in GRID.values() for arm in arms.values()]
-    train([*PAPERS.values(), *REPEATED.values(), *grid, *CONTROLS.values(), *exact], settings)
+    levels = [arm for grid in (GRID, ADAPTIVE) for arms in grid.values() for arm in arms.values()]
+    train([*PAPERS.values(), *REPEATED.values(), *levels, *CONTROLS.values(), *exact], settings)
     study = Study(ROOT / RUNS)
     train([*finalists(study).values(), *(arm for net in EXACT for arm in contestants(study, net))], settings)
+    train(CONVOLUTIONAL.values(), settings)
 
 
 def train(arms: Iterable[Arm], settings: Sequence[str]) -> None:

@@ -11,7 +11,9 @@ PAPER: dict[str, Any] = {
     "optimizer.momentum": 0.9,
     "optimizer.damping": 1e-2,
     "optimizer.kl_clip": 1e-3,
+    "optimizer.adaptive_damping": False,
     "optimizer.coarse": "full",
+    "optimizer.coarse_fisher": "kronecker",
     "optimizer.coarse_weight": 1.0,
     "problem.depth": 64,
     "problem.batch_norm": True,
@@ -25,13 +27,14 @@ KEYS = {key.rpartition(".")[2]: key for key in (*PAPER, "optimizer.correction")}
 @dataclass(frozen=True)
 class Arm:
     """An optimizer with ``changes``, the settings that are not the paper's, on ``seeds`` seeds of a problem, from
-    ``first`` on."""
+    ``first`` on; ``apart`` if each leaves a record of its own."""
 
     optimizer: str
     changes: tuple[tuple[str, Any], ...] = ()
     seeds: int = 10
     problem: str = "deep_linear_mlp"
     first: int = 0
+    apart: bool = False
 
     @property
     def name(self) -> str:
@@ -44,9 +47,9 @@ class Arm:
 
     @property
     def variant(self) -> str:
-        """The directory of its record, where all seeds are trained side by side."""
+        """The directory of its record, or of those of its seeds."""
         seeds = self.own_seeds
-        own = () if seeds == range(PAPER_SEEDS) else (("seeds", "-".join(map(str, seeds))),)
+        own = () if self.apart or seeds == range(PAPER_SEEDS) else (("seeds", "-".join(map(str, seeds))),)
         return _variant((*self.changes, *own))
 
     @property

@@ -4,7 +4,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
 
-from experiments.study.arms import FULL, LEVELS, ONE_LEVEL, Arm, variant
+from experiments.study.arms import FULL, LEVELS, ONE_LEVEL, PAPER, Arm, one, two, variant
 
 SELECTION, TEST = range(5), range(5, 20)
 """Seeds that choose a level's settings, and those that compare the chosen ones."""
@@ -90,4 +90,30 @@ EXACT: dict[Net, dict[str, dict[Step, Arm]]] = {
         for correction in (WHOLE, BLOCKS, *CORRECTED)
     }
     for net in (DEEP_LINEAR, LAYER_NORM)
+}
+
+# Hypothesis 4: a damping that adapts itself, and the fixed ones at the same η and μ.
+STARTS = (1e-6, 1e-4, 1e-2, 1.0)
+ADAPTIVE: dict[str, dict[float, Arm]] = {
+    level: {start: build(adaptive_damping=True, damping=start, seeds=len(SELECTION)) for start in STARTS}
+    for level, build in LEVELS.items()
+}
+FIXED: dict[str, dict[float, Arm]] = {
+    level: {
+        damping: GRID[level][damping, PAPER["optimizer.lr"], PAPER["optimizer.momentum"]]
+        for damping in DAMPINGS
+    }
+    | {PAPER["optimizer.damping"]: PAPERS[level]}
+    for level in LEVELS
+}
+
+# Hypothesis 5: coarse matrices of a ResNet20, each seed with a record of its own.
+CONVOLUTIONAL: dict[str, Arm] = {
+    name: replace(own, problem="resnet20_cifar10_short", seeds=3, apart=True)
+    for name, own in {
+        ONE_LEVEL: one(),
+        "two levels": two(),
+        "two levels, exact coarse Fisher": two(coarse_fisher="exact"),
+        "two levels, the scale of the authors' code": variant("authors_scale"),
+    }.items()
 }

@@ -186,10 +186,12 @@ class AuthorsScale(CoarseSpace):
 
     def accumulate(self, maps: Maps) -> None:
         grids = {i: tuple(gamma.shape[2:]) for i, (_, gamma) in maps.items()}
+        factors = self.factors.cpu()  # one copy to a GPU and back, not one for each pair
         for i, j in combinations(grids, 2):
             together = prod(pair_grid(grids[i], grids[j]))
             factor = together**2 / sqrt(prod(grids[i]) * prod(grids[j]))
-            self.factors[i, j] = self.factors[j, i] = factor
+            factors[i, j] = factors[j, i] = factor
+        self.factors = factors.to(self.factors.device)
         super().accumulate(maps)
 
     def matrix(self) -> Tensor:

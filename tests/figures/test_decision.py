@@ -17,14 +17,18 @@ from experiments.figures.study.decision import (
     paper_markdown,
     tuned_markdown,
 )
+from experiments.figures.study.hypotheses import adaptive_markdown, convolutions_markdown
 from experiments.figures.study.upper_bound import chosen_markdown, contestants, verdict_markdown
 from experiments.figures.study.words import compared, holm, together, word
 from experiments.records import NoRecordsError, Run
 from experiments.study.arms import Arm
 from experiments.study.decision import (
+    ADAPTIVE,
     CONTROLS,
+    CONVOLUTIONAL,
     DEEP_LINEAR,
     EXACT,
+    FIXED,
     GRID,
     PAPERS,
     REPEATED,
@@ -217,3 +221,53 @@ def test_the_upper_bound_needs_all_three_epochs(last: float) -> None:
     assert set(cosine.lines[0].get_ydata()) == {0.9}  # pyright: ignore[reportArgumentType]
     assert "Not trained yet: additive, galerkin, residual_corrected, inverse_of_sum." in table
     assert "1e-06" in table
+
+
+@pytest.mark.parametrize(("one_start", "works"), [(0.101, True), (0.108, False), (0.7, False)])
+def test_adaptive_damping_must_reach_the_best_fixed_one_from_every_start(
+    one_start: float, works: bool
+) -> None:
+    runs = {
+        each: run_with(0.1 if damping == 1e-4 else 0.2, 0.1, each.own_seeds)
+        for arms in FIXED.values()
+        for damping, each in arms.items()
+    }
+    for arms in ADAPTIVE.values():
+        for start, each in arms.items():
+            runs[each] = run_with(one_start if start == 1.0 else 0.1, 0.1, each.own_seeds)
+    text = adaptive_markdown(Trained(runs))  # pyright: ignore[reportArgumentType]
+    assert ("**works**" in text) == works
+    assert ("**does not work**" in text) != works
+    table = [
+        [cell.strip() for cell in line.split("|")] for line in text.splitlines() if "training loss" in line
+    ]
+    assert {cells[6] for cells in table} == {"0.0001"}
+    runs.pop(FIXED["two levels"][1e-2])
+    with pytest.raises(NoRecordsError):
+        adaptive_markdown(Trained(runs))  # pyright: ignore[reportArgumentType]
+
+
+def test_coarse_matrices_are_compared_with_one_level_after_the_last_epoch() -> None:
+    ends = dict(zip(CONVOLUTIONAL, (0.5, 0.25, 0.5, 0.51), strict=True))
+    runs = {}
+    for name, each in CONVOLUTIONAL.items():
+        rows = [
+            {
+                "seed": seed,
+                "epoch": epoch,
+                "train_loss": ends[name] * (1 + 0.001 * seed**2 / ends[name]) * (3 - epoch),
+            }
+            | {"test_accuracy": 0.75, "nu": 0.5, "coarse_ratio": 0.1 * epoch, "coarse_negative": 7.0}
+            for seed in each.own_seeds
+            for epoch in (1, 2)
+        ]
+        runs[each] = run_of(pd.DataFrame(rows), device="a machine")
+    text = convolutions_markdown(Trained(runs))  # pyright: ignore[reportArgumentType]
+    shape, losses, errors, machines = text.split("\n\n")[1:]
+    assert "0.250, 0.250, 0.250 | 0.5 | 0.2" in shape
+    first, second, third = losses.splitlines()[2:]
+    assert ("0.50" in first, "ahead" in first) == (True, True)
+    assert "undecided" in second  # which the words for more seeds call equal
+    assert "behind" not in third
+    assert errors.count("1.000 [1.000, 1.000]") == 3
+    assert machines.count("a machine, 1 thread") == 4

@@ -8,7 +8,18 @@ from hydra import compose, initialize_config_dir
 
 from experiments.identity import run_path
 from experiments.study.arms import PAPER, Arm
-from experiments.study.decision import CONTROLS, EXACT, GRID, RECIPE, TEST, arm, exact
+from experiments.study.decision import (
+    ADAPTIVE,
+    CONTROLS,
+    CONVOLUTIONAL,
+    EXACT,
+    FIXED,
+    GRID,
+    RECIPE,
+    TEST,
+    arm,
+    exact,
+)
 from experiments.study.directions import CORRECTIONS
 from experiments.study.variants import VARIANTS
 from experiments.train import CONFIGS
@@ -18,6 +29,8 @@ SOME = [
     *[*CONTROLS.values()][::4],
     arm("two levels", (1e-6, 3e-3, 0.0), TEST),
     GRID["one level"][1e-3, 1e-3, 0.9],
+    *ADAPTIVE["two levels"].values(),
+    *CONVOLUTIONAL.values(),
 ]
 
 
@@ -31,7 +44,8 @@ def test_an_arm_is_trained_where_its_record_is_read(trained: Arm) -> None:
             run_path(config) == Path("runs/decision") / trained.problem / trained.optimizer / trained.variant
         )
     assert config.seeds == list(trained.own_seeds)
-    for key, value in (PAPER | trained.settings).items():
+    of_the_mlp = {} if trained.apart else PAPER
+    for key, value in (of_the_mlp | trained.settings).items():
         part, _, name = key.partition(".")
         assert config[part].get(name, value) == value
 
@@ -44,6 +58,7 @@ def test_the_grid_is_the_rules() -> None:
     }
     assert spaces < set(VARIANTS)
     assert len(spaces) == 14
+    assert all(sorted(arms) == [1e-6, 1e-5, 1e-4, 1e-3, 1e-2] for arms in FIXED.values())
 
 
 def test_each_arm_is_trained_once_and_all_of_them_although_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
