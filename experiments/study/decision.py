@@ -65,15 +65,21 @@ Step = tuple[float, float]
 
 
 class Net(NamedTuple):
-    """A problem that the upper bound is asked of, the λ that are tried, and the epochs after which it is compared."""
+    """A problem that the upper bound is asked of, the λ that are tried, the epochs after which it is compared, and
+    the λ and factors of the corrections."""
 
     problem: str
     dampings: tuple[float, ...]
     epochs: tuple[int, ...]
+    corrected: tuple[tuple[float, ...], tuple[float, ...]]
+
+    def steps(self, correction: str) -> list[Step]:
+        return list(product(*(self.corrected if correction in CORRECTED else (self.dampings, FACTORS))))
 
 
-DEEP_LINEAR = Net("deep_linear_mlp", (1e-6, 1e-4, 1e-2, 1.0), (5, 20, 100))
-LAYER_NORM = Net("layer_norm_mlp", (1e-4, 1e-2, 1.0), (5, 10, 20))
+MIDDLE = ((1e-4, 1e-2), (0.3, 1.0))
+DEEP_LINEAR = Net("deep_linear_mlp", (1e-6, 1e-4, 1e-2, 1.0), (5, 20, 100), MIDDLE)
+LAYER_NORM = Net("layer_norm_mlp", (1e-4, 1e-2, 1.0), (5, 10, 20), MIDDLE)
 
 
 def exact(correction: str, step: Step, seeds: range = SELECTION, net: Net = DEEP_LINEAR) -> Arm:
@@ -86,7 +92,7 @@ def exact(correction: str, step: Step, seeds: range = SELECTION, net: Net = DEEP
 WHOLE, BLOCKS = "full", "block_diagonal"
 EXACT: dict[Net, dict[str, dict[Step, Arm]]] = {
     net: {
-        correction: {step: exact(correction, step, net=net) for step in product(net.dampings, FACTORS)}
+        correction: {step: exact(correction, step, net=net) for step in net.steps(correction)}
         for correction in (WHOLE, BLOCKS, *CORRECTED)
     }
     for net in (DEEP_LINEAR, LAYER_NORM)

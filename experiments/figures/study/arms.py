@@ -1,6 +1,7 @@
 """Arms of one experiment beside each other: final losses paired by seed, ν and the correction's length."""
 
 from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from experiments.figures.curves import Runs, loss_against_epochs, plain_log
 from experiments.figures.figures import panels, set_title
 from experiments.figures.markdown import RANGE, Cell, Columns, column, interval, markdown_table
 from experiments.figures.statistics import final_summary, paired_difference, paired_ratio, seed_median
-from experiments.figures.study.drawing import NORMAL, draw_ratios
+from experiments.figures.study.drawing import draw_ratios
 from experiments.figures.style import OPTIMIZERS, Style
 from experiments.records import FINAL_EPOCHS, Run
 from experiments.study.arms import FULL, ONE_LEVEL
@@ -30,6 +31,7 @@ DIAGNOSTICS = (
     "ν and the length of the correction relative to the one-level step are means over the steps of an epoch, medians "
     "over the seeds that have not diverged."
 )
+COLUMNS, SMALL = 4, (1.0, 1.0)  # of a figure of arms, and its panels relative to the paper's
 EPOCHS = (5, 20)  # the losses that a table shows besides the final one
 
 
@@ -83,16 +85,29 @@ def arm_markdown(table: pd.DataFrame, baselines: Sequence[str]) -> str:
 
 
 def arms_figure(arms: Runs, title: str) -> Figure:
-    """Four panels: training loss, ratio of the final losses to one level's seed by seed, ν, and the correction's
-    length."""
+    """Training loss, a panel for each arm beside one level; below them the ratio of the final losses to one level's
+    seed by seed, ν, and the correction's length."""
     looks = styles(list(arms))
-    with panels(2, 2, NORMAL) as (figure, ((loss, ratios), (nu, length))):
-        loss_against_epochs(loss, arms, styles=looks)
+    others = [name for name in arms if name != ONE_LEVEL]
+    with panels(ceil(len(others) / COLUMNS) + 1, COLUMNS, SMALL) as (figure, rows):
+        losses, (ratios, nu, length, last) = rows[:-1].ravel(), rows[-1]
+        for axes, name in zip(losses, others, strict=False):
+            loss_against_epochs(axes, {each: arms[each] for each in (ONE_LEVEL, name)}, styles=looks)
+        on_one_scale(losses[: len(others)])
+        set_title(losses[0], title)
         draw_final_ratios(ratios, arms, looks)
         draw_trace(nu, arms, looks, "nu")
         draw_trace(length, arms, looks, "coarse_ratio")
-        set_title(loss, title)
+        for axes in (*losses[len(others) :], last):
+            axes.remove()
     return figure
+
+
+def on_one_scale(panels_of_losses: Sequence[Axes]) -> None:
+    """All with the limits of their ys that show what each of them shows."""
+    lows, highs = zip(*(axes.get_ylim() for axes in panels_of_losses), strict=True)
+    for axes in panels_of_losses:
+        axes.set_ylim(min(lows), max(highs))
 
 
 def draw_final_ratios(axes: Axes, arms: Runs, looks: dict[str, Style]) -> None:
