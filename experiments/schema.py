@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, NamedTuple
 
 import joblib
@@ -14,7 +15,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from experiments.recipes import register_recipes
 from experiments.study.arms import TRAININGS, Arm
 from experiments.training.trainer import TrainingSettings
+from kfac2.curvature import CoarseSpace
 
+COARSE = signature(CoarseSpace).parameters
 NOT_SETTINGS = ("name",)  # of a problem or an optimizer: it says whose record it is
 
 
@@ -102,12 +105,12 @@ class TwoLevelKFACConfig(KFACConfig):
 
     _target_: str = "kfac2.TwoLevelKFAC"
     name: str = "two_level_kfac"
-    coarse_fisher: str = "kronecker"
-    coarse_grid: str = "pairwise"
-    resample: str = "nearest"
-    coarse_weight: float = 1.0
-    coarse_damping: str = "identity"
-    coarse_max_ratio: float | None = None
+    coarse_fisher: str = COARSE["fisher"].default
+    coarse_grid: str = COARSE["grid"].default
+    resample: str = COARSE["resample"].default
+    coarse_weight: float = COARSE["weight"].default
+    coarse_damping: str = COARSE["damping"].default
+    coarse_max_ratio: float | None = COARSE["max_ratio"].default
 
 
 @dataclass
@@ -139,26 +142,13 @@ OPTIMIZERS = (
 
 
 @dataclass
-class TrainingConfig:
-    """The trainer's settings, as ``experiments.training.trainer.TrainingSettings`` explains them."""
-
-    epochs: int = MISSING
-    batch_size: int = MISSING
-    milestones: list[float] = field(default_factory=list)
-    lr_decay: float = 0.1
-    channels_last: bool = False
-    autocast: bool = False
-    compile: bool = False
-
-
-@dataclass
 class TrainConfig:
     """A whole configuration: ``hours`` end the command in time, and ``runs`` is where records go."""
 
     problem: Any = MISSING
     optimizer: Any = MISSING
     tracking: Any = MISSING
-    training: TrainingConfig = field(default_factory=TrainingConfig)
+    training: TrainingSettings = MISSING
     seeds: list[int] = MISSING
     device: str = MISSING
     threads: int = MISSING

@@ -25,7 +25,7 @@ FULL_BATCH_EVERY = 5  # epochs between evaluations on all training samples as on
 OVER = "over"  # in place of a checkpoint: nothing is to be trained
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Hydra would take it for read-only
 class TrainingSettings:
     """How long and in what batches a problem is trained; raises ``ValueError`` for what cannot be meant."""
 
