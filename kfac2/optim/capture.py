@@ -81,6 +81,7 @@ class Capture:
         if any(map(is_compiled, module.modules())):
             self._undo.append(eager_until())
         for index, layer in enumerate(self._layers):
+            self._undo.append(layer.reveal())
             if index not in self._plain and has_own_forward(layer.module):
                 attach = follow_running if layer.module is module else follow
                 self._undo.append(attach(layer.module, partial(self._record, index)))

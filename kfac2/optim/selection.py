@@ -50,15 +50,17 @@ def select_layers(
     shared = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     layers: list[Layer] = []
     entries: list[Entry] = []
+    revealed: set[nn.Module] = set()
     for full_name, module in model.named_modules():
         name, adapter = canonical_name(full_name), adapter_of(module)
-        reason = _reason_for_plain(name, module, adapter, optimized, excluded, shared)
+        reason = _reason_for_plain(name, module, adapter, optimized, excluded, shared, module in revealed)
         layer = None
         if adapter is not None and reason is None:
-            bias: nn.Parameter | None = getattr(module, "bias", None)
+            bias: nn.Parameter | None = getattr(module, adapter.bias_name, None)
             with_bias = bias is not None and bias.requires_grad and bias in optimized
             layer = adapter(name, module, with_bias)
             layers.append(layer)
+            revealed.update(layer.revealed)
         for key, parameter in module.named_parameters(recurse=False):
             inside = layer is not None and any(parameter is p for p in layer.parameters)
             why = _describe(parameter, optimized, reason, inside, type(module).__name__)
@@ -75,24 +77,28 @@ def _reason_for_plain(
     optimized: set[nn.Parameter],
     excluded: Callable[[str, nn.Module], bool],
     shared: Counter[int],
+    revealed: bool,
 ) -> str | None:
     if adapter is None:
         return why_without_adapter(module)
     if excluded(name, module):
         return "excluded"
+    if not revealed and (reason := adapter.unsupported(module)) is not None:
+        return reason
+    weight: nn.Parameter = getattr(module, adapter.weight_name)
     if is_parametrized(module):
         return "its weight or bias is made from others (torch.nn.utils.parametrize)"
-    if is_lazy(module.weight):  # pyright: ignore[reportArgumentType]
+    if is_lazy(weight):
         return "its weight has no values yet: run a forward pass before the optimizer is built"
-    if module.weight not in optimized:
+    if weight not in optimized:
         return "the layer's weight is not optimized"
     if any(shared[id(p)] > 1 for p in module.parameters(recurse=False)):
         return "shared with another module"
-    if module.weight.is_complex():  # pyright: ignore[reportCallIssue]
+    if weight.is_complex():
         return "complex weights have no Kronecker block here"
     if not has_own_forward(module):
         return f"its forward is not that of {type(module).__name__}"
-    return adapter.unsupported(module)
+    return None
 
 
 def _describe(

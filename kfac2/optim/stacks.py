@@ -60,7 +60,7 @@ class LayerStack:
         present = torch.tensor(observed)
         a = torch.stack([m.a for m in own])
         g = torch.stack([m.g for m in own])
-        rows = a.new_tensor([[m.rows] for m in own]).expand(a.shape[:2])
+        rows = torch.stack([torch.as_tensor(m.rows).to(a).expand(a.shape[1]) for m in own])
         count = a.new_tensor([[samples * seen] for seen in observed]).expand(a.shape[:2])
         finite = finite_matrices(a) & finite_matrices(g)
         if not finite.all():

@@ -3,6 +3,7 @@
 To support another type, write one class and ``register_layer`` it: that function's documentation has an example.
 """
 
+from kfac2.optim.layers.attention import InProjectionLayer
 from kfac2.optim.layers.base import Basis, Layer, Moments, Totals
 from kfac2.optim.layers.convolution import ConvolutionLayer, TransposedConvolutionLayer
 from kfac2.optim.layers.embedding import EmbeddingLayer
@@ -17,6 +18,7 @@ __all__ = [
     "ConvolutionLayer",
     "EmbeddingLayer",
     "GroupNormLayer",
+    "InProjectionLayer",
     "Layer",
     "LayerNormLayer",
     "LinearLayer",

@@ -1,5 +1,6 @@
 """What an adapter is, and what it makes of one call of its layer."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,8 @@ class Moments(NamedTuple):
 
     a: Tensor
     g: Tensor
-    rows: int
+    rows: int | Tensor
+    """A tensor ``(blocks,)`` where each block has its own."""
 
     def plus(self, other: "Moments | None") -> "Moments":
         if other is None:
@@ -78,11 +80,13 @@ class Layer:
     """The methods that a subclass of the module's type must inherit to be the same layer."""
     input_name = "input"
     """What ``forward`` calls its first argument."""
+    weight_name, bias_name = "weight", "bias"
+    """The module's parameters."""
 
     def __init__(self, name: str, module: nn.Module, with_bias: bool):
         self.name, self.module, self.with_bias = name, module, with_bias
-        self.weight: nn.Parameter = module.weight  # pyright: ignore[reportAttributeAccessIssue]
-        self.bias: nn.Parameter | None = module.bias if with_bias else None  # pyright: ignore
+        self.weight: nn.Parameter = getattr(module, self.weight_name)
+        self.bias: nn.Parameter | None = getattr(module, self.bias_name) if with_bias else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,6 +97,11 @@ class Layer:
     def unsupported(module: nn.Module) -> str | None:
         """Why this module is left to plain SGD although its type is known; None if it is not."""
         return None
+
+    @property
+    def revealed(self) -> tuple[nn.Module, ...]:
+        """Further modules that are called while the layer is revealed, and only then."""
+        return ()
 
     @property
     def replicas(self) -> int:
@@ -139,6 +148,10 @@ class Layer:
         return [self.weight_like(columns), last.reshape(-1, *self.bias.shape)]
 
     # -- a call's statistics ------------------------------------------------------------------------
+
+    def reveal(self) -> Callable[[], None]:
+        """Have what the layer multiplies with be called as modules, until the returned function is called."""
+        return lambda: None
 
     def input_of(self, args: Any, kwargs: Any) -> Tensor:
         """The input among a call's arguments."""

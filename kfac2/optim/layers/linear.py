@@ -9,11 +9,6 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from kfac2.curvature.moments import second_moment
 from kfac2.optim.layers.base import Basis, Layer, Moments, Totals, rows_with_gradient
 
-ATTENTION = (
-    "nn.MultiheadAttention multiplies with its weights inside one function, where no call is seen: use nn.Linear "
-    "layers around F.scaled_dot_product_attention"
-)
-
 
 class LinearLayer(Layer):
     """``nn.Linear`` on inputs ``(*axes, d)``, one of the axes the batch."""
@@ -21,7 +16,7 @@ class LinearLayer(Layer):
     @staticmethod
     def unsupported(module: nn.Module) -> str | None:
         if isinstance(module, NonDynamicallyQuantizableLinear):
-            return ATTENTION
+            return "its nn.MultiheadAttention does not call it, and is itself not preconditioned"
         return None
 
     def columns(self, x: Tensor) -> Tensor:

@@ -5,10 +5,11 @@ from typing import Any
 from torch import nn
 
 from kfac2.nn import ReplicatedLinear
+from kfac2.optim.layers.attention import InProjectionLayer
 from kfac2.optim.layers.base import Layer
 from kfac2.optim.layers.convolution import ConvolutionLayer, TransposedConvolutionLayer
 from kfac2.optim.layers.embedding import EmbeddingLayer
-from kfac2.optim.layers.linear import ATTENTION, LinearLayer, ReplicatedLinearLayer, TransposedLinearLayer
+from kfac2.optim.layers.linear import LinearLayer, ReplicatedLinearLayer, TransposedLinearLayer
 
 Kind = type[nn.Module] | str
 
@@ -21,6 +22,7 @@ ADAPTERS: dict[Kind, type[Layer]] = {
     nn.ConvTranspose2d: TransposedConvolutionLayer,
     nn.ConvTranspose3d: TransposedConvolutionLayer,
     nn.Embedding: EmbeddingLayer,
+    nn.MultiheadAttention: InProjectionLayer,
     ReplicatedLinear: ReplicatedLinearLayer,
     "transformers.pytorch_utils.Conv1D": TransposedLinearLayer,
 }
@@ -61,7 +63,7 @@ def register_layer(kind: Kind, adapter: type[Layer]) -> None:
 
     Args:
         kind: the module's type, or its dotted name (``"package.module.Type"``) if it is not imported yet. Its
-            modules have a parameter ``weight``, and may have another, ``bias``.
+            modules have a parameter ``weight``, and may have another, ``bias``; the adapter may give other names.
         adapter: built with a module's name, the module and whether its bias is trained.
 
     Raises:
@@ -88,8 +90,6 @@ def adapter_of(module: nn.Module) -> type[Layer] | None:
 
 
 def why_without_adapter(module: nn.Module) -> str:
-    if isinstance(module, nn.MultiheadAttention):
-        return ATTENTION
     base = _registered_base(module)
     if base is None:
         return f"{type(module).__name__} is not a supported layer"
