@@ -44,8 +44,8 @@ class KFAC(PreconditionedSGD):
 
     Args:
         model: the module whose forward pass makes the output; not wrapped for data parallelism. One that is
-            compiled, as a whole before the optimizer is built or in parts at any time, runs compiled in
-            ordinary iterations and eagerly in those that refresh the curvature.
+            compiled, before the optimizer is built or after, runs compiled in ordinary iterations and eagerly in
+            those that refresh the curvature.
         lr, momentum, weight_decay: η, μ (heavy ball on the preconditioned gradient), β (added after
             preconditioning and clipping, to every parameter).
         dampening, nesterov, maximize: as ``torch.optim.SGD``'s, on the preconditioned gradient.
@@ -172,7 +172,11 @@ class KFAC(PreconditionedSGD):
             self.preconditioner.plain,
             due=lambda: (optimizer := this()) is not None and optimizer.refresh_is_due,
         )
-        run_eagerly(called, due=lambda: (optimizer := this()) is not None and optimizer._captures)
+        self._is_captured = lambda: (optimizer := this()) is not None and optimizer._captures
+        self._bypass = run_eagerly(called, self._is_captured)
+        if self._bypass is not None:
+            weakref.finalize(self, self._bypass.remove).atexit = False
+        self._look_ahead()
         self._told_unseen = False
 
     # -- what the training loop calls ---------------------------------------------------------------
@@ -235,6 +239,7 @@ class KFAC(PreconditionedSGD):
         """Zero the gradients; batches observed with them leave no trace in the next curvature sample."""
         self.preconditioner.gradients_zeroed()
         super().zero_grad(set_to_none)
+        self._look_ahead()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore
@@ -265,6 +270,7 @@ class KFAC(PreconditionedSGD):
         self._update_parameters(preconditioner.split(updates, active))
         self._step_rest()
         preconditioner.iteration += 1
+        self._look_ahead()
         return loss
 
     def adapt_damping(self, forward: Callable[[], Tensor], loss: Callable[[Tensor], Tensor]) -> None:
@@ -306,6 +312,12 @@ class KFAC(PreconditionedSGD):
         It does not come back: to train on, build a new optimizer. One that is gone has done it by itself.
         """
         self._capture.detach()
+        if self._bypass is not None:
+            self._bypass.remove()
+
+    def _look_ahead(self) -> None:
+        if self._bypass is not None and self._capture.detach.alive:
+            self._bypass.look_ahead(self.refresh_is_due, self._is_captured)
 
     def _tell_unseen_layers(self) -> None:
         unseen = [self.preconditioner.layers[i].name for i in self.preconditioner.allocation.unseen()]

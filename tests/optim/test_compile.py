@@ -52,6 +52,10 @@ def in_place(model: nn.Module, **options: Any) -> nn.Module:
     return model
 
 
+def around(model: nn.Module, **options: Any) -> nn.Module:
+    return wrapped(nn.Sequential(nn.Identity(), model), **options)
+
+
 def in_parts(model: nn.Module, **options: Any) -> nn.Module:
     layers = model.layers if isinstance(model, Net) else model
     assert isinstance(layers, nn.Sequential)
@@ -107,10 +111,12 @@ def test_parts_may_be_compiled_after_the_optimizer_is_built() -> None:
     assert backend.graphs == 1
 
 
-def test_a_whole_model_compiled_afterwards_needs_the_stance() -> None:
+def test_one_graph_at_any_price_needs_the_stance_where_it_is_compiled_afterwards() -> None:
     backend, model, twin = Backend(), network(), network()
     optimizer = build(TwoLevelKFAC, model)
-    called = wrapped(model, backend=backend)
+    called = wrapped(model, backend=backend, fullgraph=True)
+    with pytest.raises(RuntimeError, match="disable"):  # dynamo's
+        called(batch(0)[0])
 
     def by_hand(x: Tensor) -> Tensor:
         with torch.compiler.set_stance("force_eager" if optimizer.refresh_is_due else "default"):
@@ -120,9 +126,6 @@ def test_a_whole_model_compiled_afterwards_needs_the_stance() -> None:
     train(twin, build(TwoLevelKFAC, twin), STEPS)
     assert_close(model, twin)
     assert backend.graphs == 1
-    train(model, optimizer, FACTORS - STEPS % FACTORS, first=STEPS, call=called.__call__)
-    with pytest.raises(RuntimeError, match="compiled after the optimizer was built"):
-        optimizer.update_curvature(called(batch(0)[0]))
 
 
 def test_what_ends_in_a_refresh_leaves_everything_compiled() -> None:
@@ -156,6 +159,18 @@ def test_a_copy_of_a_compiled_model_captures_nothing() -> None:
         optimizer.update_curvature(output)
 
 
+def test_a_model_that_was_not_compiled_yet_keeps_nothing() -> None:
+    """Of two optimizers, of which one is detached and one gone; copies of it have their own calls."""
+    model = network()
+    first, second = build(KFAC, model), build(KFAC, model)
+    assert copy.deepcopy(model)._compiled_call_impl is None
+    first.detach()
+    output = model(batch(0)[0])
+    second.update_curvature(output)
+    del second
+    assert model._compiled_call_impl is None
+
+
 @pytest.mark.slow
 @each_optimizer
 def test_the_default_compiler_trains_alike(kind: type[KFAC]) -> None:
@@ -164,3 +179,24 @@ def test_the_default_compiler_trains_alike(kind: type[KFAC]) -> None:
     train(model, build(kind, called), STEPS, call=called.__call__)
     train(twin, build(kind, twin), STEPS)
     assert_close(model, twin, rtol=1e-7)
+
+
+@each_optimizer
+@pytest.mark.parametrize("make", [network, Net], ids=["container", "class"])
+@pytest.mark.parametrize("way", [wrapped, in_place, around], ids=["wrapped", "in place", "around"])
+def test_a_whole_model_may_be_compiled_after_the_optimizer_is_built(
+    kind: type[KFAC], way: Callable[..., nn.Module], make: Callable[[], nn.Module]
+) -> None:
+    backend, model, twin = Backend(), make(), make()
+    optimizer = build(kind, model)
+    called = way(model, backend=backend)
+    optimizer.zero_grad()
+    train(model, optimizer, 2, call=called.__call__)
+    breaks = dict(torch._dynamo.utils.counters["graph_break"])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        train(model, optimizer, STEPS - 2, first=2, call=called.__call__)
+    assert backend.graphs == 1
+    assert backend.calls == STEPS - len(range(0, STEPS, FACTORS))
+    assert dict(torch._dynamo.utils.counters["graph_break"]) == breaks
+    train(twin, build(kind, twin), STEPS)
+    assert_close(model, twin)
