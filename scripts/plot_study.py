@@ -16,7 +16,11 @@ from experiments.figures.study.decision import (
     tuned_markdown,
 )
 from experiments.figures.study.decision_figure import decision_figure
-from experiments.figures.study.hypotheses import adaptive_markdown, convolutions_markdown
+from experiments.figures.study.hypotheses import (
+    adaptive_markdown,
+    convolutions_markdown,
+    reconciled_markdown,
+)
 from experiments.figures.study.outcomes import chosen_by_test_loss, headline_markdown, headline_table
 from experiments.figures.study.questions import QUESTIONS
 from experiments.figures.study.records import Study
@@ -33,6 +37,7 @@ DECISIONS: dict[str, tuple[Callable[[Study], str], ...]] = {
     },
     "4. A damping that finds itself": (adaptive_markdown,),
     "5. Convolutions": (convolutions_markdown,),
+    "6. Koroko et al. and the paper": (reconciled_markdown,),
 }
 
 

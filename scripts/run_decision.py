@@ -20,6 +20,7 @@ from experiments.study.decision import (
     EXACT,
     GRID,
     PAPERS,
+    RECONCILED,
     REPEATED,
     Arm,
 )
@@ -31,7 +32,7 @@ RUNS = "runs/decision"
 def main(argv: Sequence[str] | None = None) -> None:
     settings = list(sys.argv[1:] if argv is None else argv)
     exact = [arm for grids in EXACT.values() for arms in grids.values() for arm in arms.values()]
-    levels = [arm for grid in (GRID, ADAPTIVE) for arms in grid.values() for arm in arms.values()]
+    levels = [arm for grid in (GRID, ADAPTIVE, RECONCILED) for arms in grid.values() for arm in arms.values()]
     train([*PAPERS.values(), *REPEATED.values(), *levels, *CONTROLS.values(), *exact], settings)
     study = Study(ROOT / RUNS)
     train([*finalists(study).values(), *(arm for net in EXACT for arm in contestants(study, net))], settings)

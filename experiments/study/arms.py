@@ -117,6 +117,13 @@ BASES = {
     "Gaussian, draw 2": "gaussian_2",
     "Gaussian, draw 3": "gaussian_3",
 }
+FORMED = [
+    f"{form}_{basis}_{damping}"
+    for form in ("additive", "galerkin")
+    for basis in ("ones", "smallest", "largest", "residual", "krylov")
+    for damping in ("identity", "consistent")
+]
+"""Corrections of the forms and bases of Koroko et al., see ``experiments.study.forms``."""
 TIMES = {
     FULL: "full",
     "first step only": "first_step",

@@ -4,7 +4,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
 
-from experiments.study.arms import FULL, LEVELS, ONE_LEVEL, PAPER, Arm, one, two, variant
+from experiments.study.arms import FORMED, FULL, LEVELS, ONE_LEVEL, PAPER, Arm, one, two, variant
 
 SELECTION, TEST = range(5), range(5, 20)
 """Seeds that choose a level's settings, and those that compare the chosen ones."""
@@ -122,4 +122,14 @@ CONVOLUTIONAL: dict[str, Arm] = {
         "two levels, exact coarse Fisher": two(coarse_fisher="exact"),
         "two levels, the scale of the authors' code": variant("authors_scale"),
     }.items()
+}
+
+# Hypothesis 6: Koroko et al.'s forms, bases and dampings, at the paper's λ and at the smallest of the grid.
+RECONCILED: dict[float, dict[str, Arm]] = {
+    damping: {ONE_LEVEL: base}
+    | {name: variant(name, damping=damping, seeds=len(SELECTION)) for name in names}
+    for damping, base, names in (
+        (PAPER["optimizer.damping"], PAPERS["one level"], FORMED),
+        (DAMPINGS[-1], FIXED["one level"][DAMPINGS[-1]], [name for name in FORMED if "_ones_" in name]),
+    )
 }

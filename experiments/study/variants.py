@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.study.forms import SPACES
 from experiments.study.lengths import PermutedBySeed, constant, of_length, prolonged_norm, scheduled
 from kfac2.curvature import CoarseSpace
 from kfac2.curvature.coarse import Blocks
@@ -277,6 +278,7 @@ VARIANTS: dict[str, Factory] = {
     **{f"{name}_scheduled": of_length(space, by_schedule) for name, space in DIRECTIONS.items()},
     **{f"{name}_constant": of_length(space, constant) for name, space in DIRECTIONS.items()},
     **random_bases(of_length(RandomBasis, by_schedule), "_scheduled"),
+    **SPACES,
 }
 
 

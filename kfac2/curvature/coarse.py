@@ -1,6 +1,6 @@
 """The coarse space of two-level K-FAC: one degree of freedom per layer (eq. 5-7, Algorithm 1)."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod, sqrt
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ COARSE_DAMPINGS = ("identity", "consistent")
 LARGEST_PART = 2**20
 """Numbers of all layers' maps that are put side by side at once: many samples are taken in parts."""
 
-Blocks = Iterable[tuple[Tensor, Tensor]]
+Blocks = Sequence[tuple[Tensor, Tensor]]
 """Layers of one shape: their positions in the coarse space ``(n,)`` and a tensor ``(n, R, d_out, d_in)``."""
 
 
@@ -140,6 +140,9 @@ class CoarseSpace:
         """The pattern ``u vᵀ`` that stands in Z for a layer, ``u`` ``(d_out,)`` and ``v`` ``(d_in,)``; None: ones."""
         return None
 
+    def look_at(self, layer: int, inputs: Tensor, gradients: Tensor) -> None:
+        """A call whose α and γ will be accumulated; for spaces that need all of a and g."""
+
     def accumulate(self, maps: Maps) -> None:
         """Add a batch to the sample under way; a replica whose sums are not finite does not count in it."""
         if not maps:
@@ -249,6 +252,15 @@ class CoarseSpace:
     def has_inverse(self) -> Tensor:
         """``(R,)``: which replicas have a (finite) inverse."""
         return finite_matrices(self.inverse)
+
+    def corrections(
+        self, blocks: Blocks, updates: Sequence[Tensor], one_level: Callable[[Sequence[Tensor]], list[Tensor]]
+    ) -> list[Tensor]:
+        """What is added to the one-level ``updates`` of the gradients in ``blocks``, and broadcasts to their shapes.
+
+        ``one_level`` applies the one-level inverse to tensors of these shapes.
+        """
+        return self.prolong(self.solve(self.restrict(blocks)), blocks)
 
     def restrict(self, blocks: Blocks) -> Tensor:
         """``Z ∇`` (eq. 5): each layer's summed gradient, ``(R, L)``, float64."""

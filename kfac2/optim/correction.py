@@ -22,10 +22,13 @@ def coarse_corrections(
 ) -> tuple[Blocks, dict[str, Tensor]]:
     """What is added to the one-level ``updates``, which broadcasts to their shapes, and the step's diagnostics."""
     blocks = [(stack.index, g) for stack, g in zip(stacks, gradients, strict=True)]
-    coefficients = coarse.solve(coarse.restrict(blocks))
+
+    def one_level(gradients: Sequence[Tensor]) -> Blocks:
+        return [stack.precondition(g, active) for stack, g in zip(stacks, gradients, strict=True)]
+
     corrections = [
         stack.masked(correction, active)
-        for stack, correction in zip(stacks, coarse.prolong(coefficients, blocks), strict=True)
+        for stack, correction in zip(stacks, coarse.corrections(blocks, updates, one_level), strict=True)
     ]
     own, norm = _squared_norm(corrections, like=updates), _squared_norm(updates, like=updates)
     ratio = torch.where(own == 0, own, own / norm).sqrt()

@@ -49,6 +49,7 @@ class Batch:
             self._moments[index] = moments.plus(self._moments.get(index))
         if self.coarse is not None and layer.outside_coarse is None:
             maps = layer.maps(inputs, gradients, self.coarse.basis(index))
+            self.coarse.look_at(index, inputs, gradients)
             self._maps.setdefault(index, []).append((call, axes, *maps))
 
     def _reduce(self, index: int, inputs: Tensor, gradients: Tensor, call: int) -> None:

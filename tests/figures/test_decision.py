@@ -17,7 +17,11 @@ from experiments.figures.study.decision import (
     paper_markdown,
     tuned_markdown,
 )
-from experiments.figures.study.hypotheses import adaptive_markdown, convolutions_markdown
+from experiments.figures.study.hypotheses import (
+    adaptive_markdown,
+    convolutions_markdown,
+    reconciled_markdown,
+)
 from experiments.figures.study.upper_bound import chosen_markdown, contestants, verdict_markdown
 from experiments.figures.study.words import compared, holm, together, word
 from experiments.records import NoRecordsError, Run
@@ -31,6 +35,7 @@ from experiments.study.decision import (
     FIXED,
     GRID,
     PAPERS,
+    RECONCILED,
     REPEATED,
     SELECTION,
     TEST,
@@ -271,3 +276,18 @@ def test_coarse_matrices_are_compared_with_one_level_after_the_last_epoch() -> N
     assert "behind" not in third
     assert errors.count("1.000 [1.000, 1.000]") == 3
     assert machines.count("a machine, 1 thread") == 4
+
+
+def test_forms_are_compared_with_one_level_at_the_same_damping() -> None:
+    runs = {
+        each: run_with(
+            {1e-2: 0.2, 1e-6: 0.05}[damping] * (1 if name == "one level" else 0.5), 0.1, each.own_seeds
+        )
+        for damping, arms in RECONCILED.items()
+        for name, each in arms.items()
+    }
+    text = reconciled_markdown(Trained(runs))  # pyright: ignore[reportArgumentType]
+    assert [text.count(f"λ {damping}, full-batch") for damping in ("0.01", "1e-06")] == [1, 1]
+    lines = [line for line in text.splitlines() if "additive, ones, identity" in line]
+    assert [("ahead" in line, "0.50" in line) for line in lines[::2]] == [(True, True)] * 2
+    assert text.count("galerkin, krylov, consistent") == 2

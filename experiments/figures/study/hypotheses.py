@@ -4,12 +4,12 @@ from typing import Any
 
 from experiments.figures.markdown import Columns, column, interval, markdown_table
 from experiments.figures.statistics import final_summary
-from experiments.figures.study.decision import OUTCOMES, P, comparison, lowest
+from experiments.figures.study.decision import OUTCOMES, SELECTED_BY, P, comparison, lowest
 from experiments.figures.study.records import Study
 from experiments.figures.study.words import compared, together
 from experiments.records import Run
 from experiments.study.arms import ONE_LEVEL
-from experiments.study.decision import ADAPTIVE, CONVOLUTIONAL, FIXED, SELECTION
+from experiments.study.decision import ADAPTIVE, CONVOLUTIONAL, FIXED, RECONCILED, SELECTION
 
 PRIMARY = next(iter(OUTCOMES))
 WORKS = 1.05
@@ -77,6 +77,30 @@ def convolutions_markdown(study: Study) -> str:
         parts.append(markdown_table(said, [(heading, column("arm")), *comparison("ratio"), P]))
     devices = "; ".join(f"{name}: {run.machines}" for name, run in runs.items())
     return "\n\n".join([*parts, f"Trained on: {devices}."])
+
+
+def reconciled_markdown(study: Study) -> str:
+    """Forms, bases and dampings against one level, under the two outcomes that choose elsewhere."""
+    parts = []
+    for damping, arms in RECONCILED.items():
+        runs = study.arms(arms)
+        for outcome in SELECTED_BY:
+            losses = {name: OUTCOMES[outcome](run).reindex(SELECTION) for name, run in runs.items()}
+            base = losses.pop(ONE_LEVEL)
+            pairs = together([compared(own, base) for own in losses.values()])
+            rows = [
+                {"arm": name, **final_summary(own), **pair}
+                for (name, own), pair in zip(losses.items(), pairs, strict=True)
+            ]
+            columns: Columns = [
+                ("form, basis, damping", lambda row: row["arm"].replace("_", ", ")),
+                ("median", column("median", "{:.4f}")),
+                *comparison("/ one level"),
+                P,
+            ]
+            heading = f"λ {damping:g}, {outcome}; one level's median {final_summary(base)['median']:.4f}:"
+            parts.append(f"{heading}\n\n{markdown_table(rows, columns)}")
+    return "\n\n".join(["Seeds 0 to 4.", *parts])
 
 
 def _ends(run: Run) -> dict[str, str]:
