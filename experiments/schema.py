@@ -59,6 +59,21 @@ class CifarResNetConfig:
 
 
 @dataclass
+class CifarViTConfig:
+    """The settings of ``experiments.problems.CifarViT``; no number of samples is all of the split."""
+
+    _target_: str = "experiments.problems.CifarViT"
+    name: str = MISSING
+    residual: bool = MISSING
+    layer_norm: bool = MISSING
+    attention: bool = MISSING
+    train_samples: int | None = MISSING
+    test_samples: int | None = MISSING
+    label: str | None = None
+    data: Cifar10Config = field(default_factory=Cifar10Config)
+
+
+@dataclass
 class FirstOrderConfig:
     """What every optimizer has: η, μ and the weight decay."""
 
@@ -211,6 +226,7 @@ def register() -> None:
     store.store(name="train_schema", node=TrainConfig)
     store.store(group="schema/problem", name="deep_linear_mlp", node=DeepLinearMLPConfig)
     store.store(group="schema/problem", name="cifar_resnet", node=CifarResNetConfig)
+    store.store(group="schema/problem", name="cifar_vit", node=CifarViTConfig)
     store.repo |= {"arm": Shared(), "recipe": Shared()}
     for arm in TRAININGS:
         store.store(group="arm", name=arm.name, node=arm_config(arm), package="_global_")

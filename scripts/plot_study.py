@@ -16,6 +16,7 @@ from experiments.figures.study.decision import (
     tuned_markdown,
 )
 from experiments.figures.study.decision_figure import decision_figure
+from experiments.figures.study.dependencies import dependencies_markdown
 from experiments.figures.study.hypotheses import (
     adaptive_markdown,
     convolutions_markdown,
@@ -38,6 +39,7 @@ DECISIONS: dict[str, tuple[Callable[[Study], str], ...]] = {
     "4. A damping that finds itself": (adaptive_markdown,),
     "5. Convolutions": (convolutions_markdown,),
     "6. Koroko et al. and the paper": (reconciled_markdown,),
+    "7. Normalisation, residual connections, attention": (dependencies_markdown,),
 }
 
 

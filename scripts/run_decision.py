@@ -22,6 +22,7 @@ from experiments.study.decision import (
     PAPERS,
     RECONCILED,
     REPEATED,
+    WITHOUT,
     Arm,
 )
 
@@ -37,24 +38,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     study = Study(ROOT / RUNS)
     train([*finalists(study).values(), *(arm for net in EXACT for arm in contestants(study, net))], settings)
     train(CONVOLUTIONAL.values(), settings)
+    train(WITHOUT.values(), settings, module="experiments.dependencies")
 
 
-def train(arms: Iterable[Arm], settings: Sequence[str]) -> None:
+def train(arms: Iterable[Arm], settings: Sequence[str], module: str = "experiments.train") -> None:
     """Each arm once, as many at a time as there are cores; exits with 1 if one fails, when the others are done."""
     wanted = list(dict.fromkeys(arms))
     statuses = Parallel(n_jobs=cpu_count(), prefer="threads")(
-        delayed(_status)(command(arm, settings)) for arm in wanted
+        delayed(_status)(command(arm, settings, module)) for arm in wanted
     )
     failed = [arm.name for arm, status in zip(wanted, statuses, strict=True) if status]
     if failed:
         raise SystemExit(f"failed, the others are done: {'; '.join(failed)}")
 
 
-def command(arm: Arm, settings: Sequence[str]) -> list[str]:
-    """``experiments.train`` of one arm, all its seeds side by side."""
+def command(arm: Arm, settings: Sequence[str], module: str = "experiments.train") -> list[str]:
+    """One arm with all its seeds: its training, or what is measured along it."""
     seeds = ",".join(map(str, arm.own_seeds))
     own = [*arm.overrides, f"seeds=[{seeds}]", f"runs={RUNS}"]
-    return [sys.executable, "-m", "experiments.train", *own, *settings]
+    return [sys.executable, "-m", module, *own, *settings]
 
 
 def _status(arguments: list[str]) -> int:

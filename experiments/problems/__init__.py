@@ -3,3 +3,4 @@
 from experiments.problems.cifar10 import Cifar10, Cifar10NotFound, DataError
 from experiments.problems.deep_linear import DeepLinearMLP
 from experiments.problems.resnet import CifarResNet, cifar_resnet
+from experiments.problems.vit import CifarViT

@@ -21,7 +21,9 @@ PAPER: dict[str, Any] = {
     "training.epochs": 100,
 }
 PAPER_SEEDS = 5
-KEYS = {key.rpartition(".")[2]: key for key in (*PAPER, "optimizer.correction")}
+PARTS_OF_A_VIT = ("residual", "layer_norm", "attention")
+OTHERS = ("optimizer.correction", *(f"problem.{part}" for part in PARTS_OF_A_VIT))
+KEYS = {key.rpartition(".")[2]: key for key in (*PAPER, *OTHERS)}
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,21 @@
 """The arms that the verdict is decided by, as results/study/rules.md states them; below ``results/decision``."""
 
 from dataclasses import replace
-from itertools import product
+from itertools import combinations, product
 from typing import Any, NamedTuple
 
-from experiments.study.arms import FORMED, FULL, LEVELS, ONE_LEVEL, PAPER, Arm, one, two, variant
+from experiments.study.arms import (
+    FORMED,
+    FULL,
+    LEVELS,
+    ONE_LEVEL,
+    PAPER,
+    PARTS_OF_A_VIT,
+    Arm,
+    one,
+    two,
+    variant,
+)
 
 SELECTION, TEST = range(5), range(5, 20)
 """Seeds that choose a level's settings, and those that compare the chosen ones."""
@@ -132,4 +143,11 @@ RECONCILED: dict[float, dict[str, Arm]] = {
         (PAPER["optimizer.damping"], PAPERS["one level"], FORMED),
         (DAMPINGS[-1], FIXED["one level"][DAMPINGS[-1]], [name for name in FORMED if "_ones_" in name]),
     )
+}
+
+# Hypothesis 7: the parts of a small ViT, measured while Adam trains it; those that are left out by their names.
+WITHOUT: dict[tuple[str, ...], Arm] = {
+    parts: Arm("adam", tuple((part, False) for part in parts), 3, "vit_cifar10", apart=True)
+    for number in range(len(PARTS_OF_A_VIT) + 1)
+    for parts in combinations(PARTS_OF_A_VIT, number)
 }

@@ -17,6 +17,7 @@ from experiments.figures.study.decision import (
     paper_markdown,
     tuned_markdown,
 )
+from experiments.figures.study.dependencies import dependencies_markdown
 from experiments.figures.study.hypotheses import (
     adaptive_markdown,
     convolutions_markdown,
@@ -291,3 +292,23 @@ def test_forms_are_compared_with_one_level_at_the_same_damping() -> None:
     lines = [line for line in text.splitlines() if "additive, ones, identity" in line]
     assert [("ahead" in line, "0.50" in line) for line in lines[::2]] == [(True, True)] * 2
     assert text.count("galerkin, krylov, consistent") == 2
+
+
+def test_a_net_may_need_curvature_between_layers_if_all_seeds_are_low_at_one_damping() -> None:
+    class Measured(Trained):
+        def measurement(self, kind: str, group: str, table: str) -> pd.DataFrame:
+            low = 1.0 if "layer_norm=False" in group else 0.0
+            rows = [
+                {"seed": seed, "epoch": epoch, "damping": damping, "ratio": 3.0, "loss": 1.0}
+                | {"cosine": 0.9 - low * (0.3 if damping == 1e-2 or seed == 0 else 0.1)}
+                for seed in (0, 1, 2)
+                for epoch in (0, 10)
+                for damping in (1e-4, 1e-2)
+            ]
+            return pd.DataFrame(rows)
+
+    text = dependencies_markdown(Measured({}))  # pyright: ignore[reportArgumentType]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[4:]]
+    assert len(lines) == 8
+    assert [line[1] == "no" for line in lines] == [line[-1] == "yes" for line in lines]
+    assert lines[0][3] == "0.90, 0.90, 0.90; 3.0"

@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """A complete one, in the eyes of the problem."""
-    monkeypatch.setattr("experiments.problems.resnet.IMAGES", {"train": TRAIN, "test": TEST})
+    monkeypatch.setattr("experiments.problems.cifar_problem.IMAGES", {"train": TRAIN, "test": TEST})
 
 
 def problem(folder: Path, seed: int = 0, **options) -> CifarResNet:
@@ -141,7 +141,7 @@ def test_batches_are_the_augmented_images_in_a_new_order(folder: Path) -> None:
 
 
 def test_test_batches_are_not_augmented(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiments.problems.resnet.EVALUATION_BATCH", 8)
+    monkeypatch.setattr("experiments.problems.cifar_problem.EVALUATION_BATCH", 8)
     p = problem(folder)
     images, targets = (torch.cat(parts) for parts in zip(*p.test_batches(), strict=True))
     assert torch.equal(images, normalise(p.test_images))
