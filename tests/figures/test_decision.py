@@ -292,6 +292,10 @@ def test_forms_are_compared_with_one_level_at_the_same_damping() -> None:
     lines = [line for line in text.splitlines() if "additive, ones, identity" in line]
     assert [("ahead" in line, "0.50" in line) for line in lines[::2]] == [(True, True)] * 2
     assert text.count("galerkin, krylov, consistent") == 2
+    assert "Not trained yet" not in text
+    runs.pop(RECONCILED[1e-2]["galerkin_krylov_consistent"])
+    text = reconciled_markdown(Trained(runs))  # pyright: ignore[reportArgumentType]
+    assert text.endswith("Not trained yet: galerkin, krylov, consistent at λ 0.01.")
 
 
 def test_a_net_may_need_curvature_between_layers_if_all_seeds_are_low_at_one_damping() -> None:

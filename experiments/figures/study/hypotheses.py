@@ -7,7 +7,7 @@ from experiments.figures.statistics import final_summary
 from experiments.figures.study.decision import OUTCOMES, SELECTED_BY, P, comparison, lowest
 from experiments.figures.study.records import Study
 from experiments.figures.study.words import compared, together
-from experiments.records import Run
+from experiments.records import NoRecordsError, Run
 from experiments.study.arms import ONE_LEVEL
 from experiments.study.decision import ADAPTIVE, CONVOLUTIONAL, FIXED, RECONCILED, SELECTION
 
@@ -80,10 +80,17 @@ def convolutions_markdown(study: Study) -> str:
 
 
 def reconciled_markdown(study: Study) -> str:
-    """Forms, bases and dampings against one level, under the two outcomes that choose elsewhere."""
-    parts = []
+    """The forms, bases and dampings that are trained against one level, under the two outcomes that choose elsewhere."""
+    parts, missing = [], []
     for damping, arms in RECONCILED.items():
-        runs = study.arms(arms)
+        runs = {}
+        for name, arm in arms.items():
+            try:
+                runs[name] = study.run(arm)
+            except NoRecordsError:
+                missing.append(f"{name.replace('_', ', ')} at λ {damping:g}")
+        if len(runs) < 2 or ONE_LEVEL not in runs:
+            continue
         for outcome in SELECTED_BY:
             losses = {name: OUTCOMES[outcome](run).reindex(SELECTION) for name, run in runs.items()}
             base = losses.pop(ONE_LEVEL)
@@ -100,7 +107,10 @@ def reconciled_markdown(study: Study) -> str:
             ]
             heading = f"λ {damping:g}, {outcome}; one level's median {final_summary(base)['median']:.4f}:"
             parts.append(f"{heading}\n\n{markdown_table(rows, columns)}")
-    return "\n\n".join(["Seeds 0 to 4.", *parts])
+    if not parts:
+        raise NoRecordsError("no form of the correction is trained beside one level")
+    not_yet = [f"Not trained yet: {'; '.join(missing)}."] if missing else []
+    return "\n\n".join(["Seeds 0 to 4.", *parts, *not_yet])
 
 
 def _ends(run: Run) -> dict[str, str]:
