@@ -25,7 +25,7 @@ from experiments.figures.study.hypotheses import (
 from experiments.figures.study.outcomes import chosen_by_test_loss, headline_markdown, headline_table
 from experiments.figures.study.questions import QUESTIONS
 from experiments.figures.study.records import Study
-from experiments.figures.study.upper_bound import chosen_markdown, verdict_markdown
+from experiments.figures.study.upper_bound import alike_markdown, chosen_markdown, verdict_markdown
 from experiments.study.decision import DEEP_LINEAR, LAYER_NORM
 
 DECISIONS: dict[str, tuple[Callable[[Study], str], ...]] = {
@@ -33,7 +33,9 @@ DECISIONS: dict[str, tuple[Callable[[Study], str], ...]] = {
     "1. Equal tuning": (grid_markdown, tuned_markdown),
     "2. What the matrix does, at lengths it does not choose": (controls_markdown,),
     **{
-        f"3. The upper bound{where}": (partial(chosen_markdown, net=net), partial(verdict_markdown, net=net))
+        f"3. The upper bound{where}": tuple(
+            partial(part, net=net) for part in (chosen_markdown, verdict_markdown, alike_markdown)
+        )
         for where, net in (("", DEEP_LINEAR), (", ReLU with layer norm", LAYER_NORM))
     },
     "4. A damping that finds itself": (adaptive_markdown,),

@@ -23,7 +23,12 @@ from experiments.figures.study.hypotheses import (
     convolutions_markdown,
     reconciled_markdown,
 )
-from experiments.figures.study.upper_bound import chosen_markdown, contestants, verdict_markdown
+from experiments.figures.study.upper_bound import (
+    alike_markdown,
+    chosen_markdown,
+    contestants,
+    verdict_markdown,
+)
 from experiments.figures.study.words import compared, holm, together, word
 from experiments.records import NoRecordsError, Run
 from experiments.study.arms import Arm
@@ -226,6 +231,12 @@ def test_the_upper_bound_needs_all_three_epochs(last: float) -> None:
     assert [line.get_label() for line in length.lines] == ["along full", "along block diagonal"]
     assert set(cosine.lines[0].get_ydata()) == {0.9}  # pyright: ignore[reportArgumentType]
     assert "Not trained yet: additive, galerkin, residual_corrected, inverse_of_sum." in table
+    assert "No λ and factor" in alike_markdown(study, DEEP_LINEAR)
+    runs[exact("full", blocks, TEST)] = run_to({5: 0.5, 20: 0.25, 100: 0.3}, TEST)
+    runs[exact("full", blocks)] = run_to({5: 0.4, 20: 0.4, 100: 0.3}, SELECTION)
+    alike = alike_markdown(study, DEEP_LINEAR).splitlines()[4:]
+    assert [line.split("|")[1].strip() for line in alike] == ["0.0001"] * 6
+    assert "0.250 [0.2" in alike[1]
     assert "1e-06" in table
 
 

@@ -80,7 +80,7 @@ def convolutions_markdown(study: Study) -> str:
 
 
 def reconciled_markdown(study: Study) -> str:
-    """The forms, bases and dampings that are trained against one level, under the two outcomes that choose elsewhere."""
+    """The trained forms, bases and dampings against one level, under the two outcomes that choose elsewhere."""
     parts, missing = [], []
     for damping, arms in RECONCILED.items():
         runs = {}

@@ -85,6 +85,25 @@ def verdict_markdown(study: Study, net: Net) -> str:
     return f"{table}\n\nBy the rule, cross-layer curvature **{said}** here."
 
 
+def alike_markdown(study: Study, net: Net) -> str:
+    """Whole against blocks where both are at one λ and factor, which the rule does not ask for; on the same seeds."""
+    steps = [{best(study, net, c, epoch) for epoch in net.epochs} for c in (WHOLE, BLOCKS)]
+    rows: list[dict[str, Any]] = []
+    for step in sorted(set.intersection(*steps)):
+        runs = [study.run(exact(c, step, TEST, net)) for c in (WHOLE, BLOCKS)]
+        for outcome, losses in OUTCOMES.items():
+            for epoch in net.epochs:
+                whole, blocks = (losses(run, epoch) for run in runs)
+                row = {"λ": step[0], "factor": step[1], "outcome": outcome, "epoch": epoch}
+                rows.append(row | compared(whole, blocks))
+    if not rows:
+        return "No λ and factor was best for both."
+    columns: Columns = [(name, column(name, "{:g}")) for name in ("λ", "factor")]
+    columns += [(name, column(name)) for name in ("outcome", "epoch")]
+    table = markdown_table(rows, [*columns, *comparison("whole / blocks")])
+    return f"Not by the rule: both at one λ and factor.\n\n{table}"
+
+
 def _chosen_row(study: Study, net: Net, correction: str, epoch: int) -> dict[str, Any]:
     damping, factor = step = best(study, net, correction, epoch)
     run = study.run(EXACT[net][correction][step])
