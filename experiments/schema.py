@@ -115,6 +115,22 @@ class KFACConfig(FirstOrderConfig):
 
 
 @dataclass
+class FOOFConfig(KFACConfig):
+    """The study's: K-FAC with G = I."""
+
+    _target_: str = "experiments.study.one_level.FOOF"
+    name: str = "foof"
+
+
+@dataclass
+class EmpiricalKFACConfig(KFACConfig):
+    """The study's: the data's labels, for the MLP."""
+
+    _target_: str = "experiments.study.one_level.EmpiricalKFAC"
+    name: str = "empirical_kfac"
+
+
+@dataclass
 class TwoLevelKFACConfig(KFACConfig):
     """The arguments of ``kfac2.TwoLevelKFAC``."""
 
@@ -152,7 +168,7 @@ class ExactNaturalGradientConfig(FirstOrderConfig):
 
 OPTIMIZERS = (
     *(SGDConfig, AdamConfig, KFACConfig, TwoLevelKFACConfig, TwoLevelVariantConfig),
-    ExactNaturalGradientConfig,
+    *(FOOFConfig, EmpiricalKFACConfig, ExactNaturalGradientConfig),
 )
 
 

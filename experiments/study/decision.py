@@ -136,8 +136,10 @@ CONVOLUTIONAL: dict[str, Arm] = {
 }
 
 # Hypothesis 6: Koroko et al.'s forms, bases and dampings, at the paper's λ and at the smallest of the grid.
+RELATIVES = ("foof", "empirical_kfac")
 RECONCILED: dict[float, dict[str, Arm]] = {
     damping: {ONE_LEVEL: base}
+    | {name: replace(one(damping=damping, seeds=len(SELECTION)), optimizer=name) for name in RELATIVES}
     | {name: variant(name, damping=damping, seeds=len(SELECTION)) for name in names}
     for damping, base, names in (
         (PAPER["optimizer.damping"], PAPERS["one level"], FORMED),
