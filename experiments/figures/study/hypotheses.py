@@ -8,7 +8,7 @@ from experiments.figures.study.decision import OUTCOMES, SELECTED_BY, P, compari
 from experiments.figures.study.records import Study
 from experiments.figures.study.words import compared, together
 from experiments.records import NoRecordsError, Run
-from experiments.study.arms import ONE_LEVEL
+from experiments.study.arms import FORMED, ONE_LEVEL
 from experiments.study.decision import ADAPTIVE, CONVOLUTIONAL, FIXED, RECONCILED, SELECTION
 
 PRIMARY = next(iter(OUTCOMES))
@@ -88,7 +88,7 @@ def reconciled_markdown(study: Study) -> str:
             try:
                 runs[name] = study.run(arm)
             except NoRecordsError:
-                missing.append(f"{name.replace('_', ', ')} at λ {damping:g}")
+                missing.append(f"{_spelled_out(name)} at λ {damping:g}")
         if len(runs) < 2 or ONE_LEVEL not in runs:
             continue
         for outcome in SELECTED_BY:
@@ -100,7 +100,7 @@ def reconciled_markdown(study: Study) -> str:
                 for (name, own), pair in zip(losses.items(), pairs, strict=True)
             ]
             columns: Columns = [
-                ("form, basis, damping", lambda row: row["arm"].replace("_", ", ")),
+                ("form, basis, damping", lambda row: _spelled_out(row["arm"])),
                 ("median", column("median", "{:.4f}")),
                 *comparison("/ one level"),
                 P,
@@ -111,6 +111,10 @@ def reconciled_markdown(study: Study) -> str:
         raise NoRecordsError("no form of the correction is trained beside one level")
     not_yet = [f"Not trained yet: {'; '.join(missing)}."] if missing else []
     return "\n\n".join(["Seeds 0 to 4.", *parts, *not_yet])
+
+
+def _spelled_out(name: str) -> str:
+    return name.replace("_", ", " if name in FORMED else " ")
 
 
 def _ends(run: Run) -> dict[str, str]:
