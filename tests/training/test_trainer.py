@@ -60,7 +60,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Cifar10:
 def resnet_training(
     images: Cifar10, factory=sgd, epochs: int = 1, label: str | None = None, **settings: Any
 ) -> Training:
-    problem = CifarResNet([0], 8, 16, 10, label, images)
+    problem = CifarResNet([0], 8, train_samples=16, test_samples=10, label=label, data=images)
     return Training(problem, factory, TrainingSettings(epochs, 8, **settings))
 
 

@@ -102,6 +102,8 @@ def reconciled_markdown(study: Study) -> str:
             columns: Columns = [
                 ("form, basis, damping", lambda row: _spelled_out(row["arm"])),
                 ("median", column("median", "{:.4f}")),
+                ("diverged", column("diverged")),
+                ("above 0.6", column("slow")),
                 *comparison("/ one level"),
                 P,
             ]
