@@ -55,11 +55,14 @@ class Capture:
         begin = model.register_forward_pre_hook(Hook(weakref.WeakMethod(self._begin), model))
         self._undo: list[Callable[[], None]] = [begin.remove]
         """Takes off the hooks: that before the model's passes, that after one, and the layers'."""
-        self.detach = weakref.finalize(self, _take_off, self._undo)
+        self._hide: list[Callable[[], None]] = []
+        """Ends the layers' revealing, which checkpoints need that are run again in backward passes."""
+        self.detach = weakref.finalize(self, _take_off_all, self._undo, self._hide)
         self.detach.atexit = False
 
     def release(self) -> None:
         """Let go of the inputs of all calls, though their graphs may live on."""
+        _take_off(self._hide)
         for call in self._calls:
             call.inputs = None
         self._calls.clear()
@@ -73,6 +76,7 @@ class Capture:
             return
         self._depth = 0
         _take_off(self._undo, all_but=1)  # what an interrupted pass has left
+        _take_off(self._hide)
         if not (_is_ordinary() and self._due()):
             return
         self._depth = 1
@@ -81,7 +85,7 @@ class Capture:
         if any(map(is_compiled, module.modules())):
             self._undo.append(eager_until())
         for index, layer in enumerate(self._layers):
-            self._undo.append(layer.reveal())
+            self._hide.append(layer.reveal())
             if index not in self._plain and has_own_forward(layer.module):
                 attach = follow_running if layer.module is module else follow
                 self._undo.append(attach(layer.module, partial(self._record, index)))
@@ -201,6 +205,11 @@ def _is_ordinary() -> bool:
 def _take_off(undo: list[Callable[[], None]], all_but: int = 0) -> None:
     while len(undo) > all_but:
         undo.pop()()
+
+
+def _take_off_all(*undo: list[Callable[[], None]]) -> None:
+    for each in undo:
+        _take_off(each)
 
 
 def _without_view(output: Tensor) -> Tensor:

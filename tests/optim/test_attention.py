@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kfac2 import KFAC, TwoLevelKFAC
 from kfac2.optim.hooks import has_own_forward
@@ -175,10 +176,32 @@ def test_transformers_train_and_keep_nothing() -> None:
     assert plain
     assert all("norm" in name for name in plain)
     assert "rows of their own" in str(optimizer.coverage)
-    assert not any("forward" in vars(module) for module in model.modules())
-    assert all(has_own_forward(module) for each in copies for module in each.modules())
     factors = [o.preconditioner.stacks[0].blocks.a.isfinite().all() for o in (optimizer, other)]
     assert all(factors)
+    other.detach()  # which waits for its step
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert all(has_own_forward(module) for each in copies for module in each.modules())
+
+
+def test_under_activation_checkpointing_it_trains_alike() -> None:
+    class Checkpointed(Attending):
+        def attend(self, x: Tensor, memory: Tensor, **options: Any) -> Tensor:
+            return checkpoint(super().attend, x, memory, use_reentrant=False)  # pyright: ignore[reportReturnType]
+
+    torch.manual_seed(0)
+    plain, checkpointed = Attending(batch_first=True), Checkpointed(batch_first=True)
+    checkpointed.load_state_dict(plain.state_dict())
+    for model in (plain, checkpointed):
+        optimizer = KFAC(model, 1e-1, factor_interval=2, generator=torch.Generator().manual_seed(1))
+        for step in range(4):
+            *inputs, labels = batch(step)
+            optimizer.zero_grad()
+            output = model(*inputs)
+            optimizer.update_curvature(output)
+            F.cross_entropy(output, labels).backward()
+            optimizer.step()
+        assert "forward" not in vars(model.attention)
+    torch.testing.assert_close(plain.state_dict(), checkpointed.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,8 @@ class Layer:
     # -- a call's statistics ------------------------------------------------------------------------
 
     def reveal(self) -> Callable[[], None]:
-        """Have what the layer multiplies with be called as modules, until the returned function is called."""
+        """Have what the layer multiplies with be called as modules, until the returned function is called: after the
+        backward passes, which may run the forward again."""
         return lambda: None
 
     def input_of(self, args: Any, kwargs: Any) -> Tensor:
