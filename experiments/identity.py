@@ -13,11 +13,10 @@ from experiments.records.files import PAPER, flatten
 
 IDENTITY = ("problem", "optimizer", "training", "seeds", "device", "threads")
 BOOKKEEPING = ("label", "data")  # what is said of the images and where they lie
-LATER = {
-    **{"coarse_damping": "identity", "coarse_max_ratio": None, "compile": False, "adaptive_damping": False},
-    "layer_norm": False,
-}
+LATER = {"coarse_damping": "identity", "coarse_max_ratio": None, "compile": False, "adaptive_damping": False}
 """Settings that the first records do not name, with the value that those were made with: it goes unsaid."""
+LATER_OF = {"deep_linear_mlp": {"layer_norm": False}}
+"""The same for one problem's own."""
 LONGEST_NAME = 150
 
 
@@ -26,7 +25,8 @@ def identity(config: DictConfig) -> dict[str, Any]:
     resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
     kept = {str(key): resolved[key] for key in IDENTITY}
-    return {key: _without_bookkeeping(value) for key, value in kept.items()}
+    later = LATER | LATER_OF.get(resolved["problem"]["name"], {})
+    return {key: _without_bookkeeping(value, later) for key, value in kept.items()}
 
 
 def one_record_per_seed(config: DictConfig) -> bool:
@@ -70,10 +70,10 @@ def variant_name(own: dict[str, Any], base: dict[str, Any]) -> str:
     return name
 
 
-def _without_bookkeeping(value: Any) -> Any:
+def _without_bookkeeping(value: Any, later: dict[str, Any]) -> Any:
     if isinstance(value, dict):
         kept = {k: v for k, v in value.items() if not str(k).startswith("_") and k not in BOOKKEEPING}
-        return {k: _without_bookkeeping(v) for k, v in kept.items() if k not in LATER or v != LATER[k]}
+        return {k: _without_bookkeeping(v, later) for k, v in kept.items() if k not in later or v != later[k]}
     return value
 
 

@@ -17,6 +17,7 @@ from experiments.study.decision import (
     GRID,
     RECIPE,
     TEST,
+    WITHOUT,
     arm,
     exact,
 )
@@ -89,3 +90,16 @@ def test_the_exact_arms_are_those_of_the_rules_and_their_recipe_s() -> None:
         whole, blocks, *corrected = (len(arms) for arms in directions.values())
         assert whole == blocks == 3 * len(net.dampings)
         assert corrected == [4] * 4
+
+
+def test_each_net_is_measured_where_its_table_is_read() -> None:
+    places = set()
+    for parts, arm in WITHOUT.items():
+        _, _, module, *overrides = RUN["command"](arm, [], "experiments.dependencies")
+        assert module == "experiments.dependencies"
+        with initialize_config_dir(CONFIGS, version_base="1.3"):
+            config = compose("train", overrides)
+            assert run_path(config, seeds_apart=True) == Path("runs/decision") / arm.group
+            places.add(run_path(config))
+        assert [config.problem[part] for part in parts] == [False] * len(parts)
+    assert len(places) == 8
