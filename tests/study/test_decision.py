@@ -94,12 +94,12 @@ def test_the_exact_arms_are_those_of_the_rules_and_their_recipe_s() -> None:
 
 def test_each_net_is_measured_where_its_table_is_read() -> None:
     places = set()
-    for parts, arm in WITHOUT.items():
-        _, _, module, *overrides = RUN["command"](arm, [], "experiments.dependencies")
+    for parts, measured in WITHOUT.items():
+        _, _, module, *overrides = RUN["command"](measured, [], "experiments.dependencies")
         assert module == "experiments.dependencies"
         with initialize_config_dir(CONFIGS, version_base="1.3"):
             config = compose("train", overrides)
-            assert run_path(config, seeds_apart=True) == Path("runs/decision") / arm.group
+            assert run_path(config, seeds_apart=True) == Path("runs/decision") / measured.group
             places.add(run_path(config))
         assert [config.problem[part] for part in parts] == [False] * len(parts)
     assert len(places) == 8
