@@ -87,5 +87,7 @@ def cifar_resnet(depth: int = 110, generator: torch.Generator | None = None) -> 
 class CifarResNet(CifarProblem):
     """A CIFAR ResNet of ``depth`` = 6n + 2; the other arguments, and what is raised, are ``CifarProblem``'s."""
 
+    model: ResNet
+
     def __init__(self, seeds: Sequence[int] = (0,), depth: int = 110, **options: Any):
         super().__init__(partial(cifar_resnet, depth), seeds, **options)

@@ -104,6 +104,8 @@ class CifarViT(CifarProblem):
     """A small ViT on CIFAR-10, with skips, layer norms and attention or without each; the other arguments, and what is
     raised, are ``CifarProblem``'s."""
 
+    model: ViT
+
     def __init__(
         self,
         seeds: Sequence[int] = (0,),
